@@ -1,0 +1,111 @@
+"""Configuration: frozen, resolved once, and the single source of the command-line flags.
+
+Each field's metadata carries its help text; `dsengine.cli` derives the flags from the fields, so that the Python API,
+the command line and the documentation cannot drift apart.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+DType = Literal["auto", "float32", "bfloat16"]
+WeightFormat = Literal["auto", "fp8", "dequantized"]
+LogLevel = Literal["debug", "info", "warning", "error"]
+EngineFailurePolicy = Literal["restart", "exit"]
+
+
+def _option(default: Any, help: str, *aliases: str) -> Any:
+    return field(default=default, metadata={"help": help, "aliases": aliases})
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Everything that decides how one engine runs. Values left at `None` or "auto" are chosen at start-up.
+
+    Raises:
+        ValueError: a value is out of range; the message names the field, the value and what would be right.
+    """
+
+    model: str | None = _option(None, "Local folder or hub name of a checkpoint; none: the embedded demo model.")
+    revision: str | None = _option(None, "Branch, tag or commit of a hub checkpoint.")
+    device: str = _option("auto", "Device to run on: auto, cpu, cuda or cuda:N.")
+    dtype: DType = _option("auto", "Type of activations and of unquantised weights; auto: bfloat16 on CUDA, float32 on a CPU.")
+    weight_format: WeightFormat = _option(
+        "auto", "Keep block-FP8 weights as FP8 in memory, or dequantise them at load; auto: FP8 where the device computes in it."
+    )
+    context_length: int | None = _option(None, "Longest prompt + output in tokens; default: the checkpoint's.", "--max-model-len")
+    block_size: int = _option(16, "Tokens in one KV-cache block.", "--page-size")
+    max_total_tokens: int | None = _option(None, "Tokens the KV cache holds; default: from the memory at hand.")
+    mem_fraction_static: float = _option(
+        0.85, "Fraction of the device's memory for weights and KV cache together.", "--gpu-memory-utilization"
+    )
+    max_running_requests: int = _option(256, "Requests that are computed at the same time.", "--max-num-seqs")
+    max_queued_requests: int = _option(2048, "Requests that may wait; further ones get HTTP 429.", "--max-num-queued-reqs")
+    chunked_prefill_size: int = _option(
+        2048, "Token budget of one step: decode tokens first, then chunks of prompts.", "--max-num-batched-tokens"
+    )
+    disable_radix_cache: bool = _option(False, "Do not reuse the cache of common prefixes.", "--no-enable-prefix-caching")
+    kernel: tuple[str, ...] = _option((), "Force a backend for an operation, as in mla_decode=ref; may be repeated.")
+    seed: int = _option(0, "Seeds the draws of requests that bring no seed.", "--random-seed")
+    num_threads: int | None = _option(None, "CPU threads of the engine; default: all cores.")
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "kernel", tuple(self.kernel))
+        _require_positive(self, "block_size", "max_running_requests", "max_queued_requests", "chunked_prefill_size")
+        _require_positive(self, "context_length", "max_total_tokens", "num_threads")
+        if not 0.05 <= self.mem_fraction_static <= 0.98:
+            raise ValueError(f"mem_fraction_static is {self.mem_fraction_static}; it must lie in [0.05, 0.98]")
+        for name, allowed in (("dtype", DType), ("weight_format", WeightFormat)):
+            _require_choice(self, name, allowed.__args__)  # type: ignore[attr-defined]
+        for item in self.kernel:
+            op, sep, backend = item.partition("=")
+            if not (op and sep and backend):
+                raise ValueError(f"kernel is {item!r}; it must have the form operation=backend, as in mla_decode=ref")
+
+    @property
+    def forced_kernels(self) -> dict[str, str]:
+        return dict(item.split("=", 1) for item in self.kernel)
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """Everything that decides how the HTTP server behaves."""
+
+    host: str = _option("127.0.0.1", "Address to listen on.")
+    port: int = _option(30000, "Port to listen on.")
+    served_model_name: str | None = _option(None, "Name clients use for the model; default: the name it was loaded by.")
+    api_key: str | None = _option(None, "Clients must send this key as a bearer token (all routes but /health).")
+    thinking: bool | None = _option(None, "Default of the chat template's thinking switch; default: the template's own.")
+    max_body_bytes: int = _option(8 * 1024 * 1024, "Largest request body; larger ones get HTTP 413.")
+    drain_timeout: float = _option(30.0, "Seconds that running requests get to finish after SIGTERM.")
+    on_engine_failure: EngineFailurePolicy = _option("restart", "When the engine process dies: restart it, or exit non-zero.")
+    log_level: LogLevel = _option("info", "Verbosity of the log.")
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise ValueError(f"port is {self.port}; it must lie in [0, 65535] (0 picks a free one)")
+        _require_positive(self, "max_body_bytes")
+        if self.drain_timeout < 0:
+            raise ValueError(f"drain_timeout is {self.drain_timeout}; it must not be negative")
+        _require_choice(self, "on_engine_failure", EngineFailurePolicy.__args__)  # type: ignore[attr-defined]
+        _require_choice(self, "log_level", LogLevel.__args__)  # type: ignore[attr-defined]
+
+
+def _require_positive(config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{name} is {value}; it must be at least 1")
+
+
+def _require_choice(config: Any, name: str, allowed: tuple[str, ...]) -> None:
+    value = getattr(config, name)
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}")
+
+
+def field_help(config: type[Any]) -> dict[str, str]:
+    """Help text of each field of a configuration class."""
+    return {f.name: f.metadata["help"] for f in dataclasses.fields(config)}

@@ -1,0 +1,1 @@
+"""The engine proper: requests are scheduled, batched, run and sampled here, one step at a time."""

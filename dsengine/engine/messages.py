@@ -1,0 +1,119 @@
+"""What crosses the socket between the front end and an engine: msgpack of these types and nothing else.
+
+The same types serve the in-process engine, so that offline and online runs share one path.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from dsengine.engine.sampling_params import SamplingParams
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
+    """Log-probability of one chosen (or prompt) token, with the likeliest alternatives, best first.
+
+    Values are those of the distribution after logit processing (penalties, bias) but before temperature and filters.
+    """
+
+    token_id: int
+    logprob: float
+    rank: int
+    top: tuple[tuple[int, float], ...] = ()
+
+
+class AddRequest(msgspec.Struct, frozen=True, tag="add"):
+    request_id: str
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    priority: int = 0
+    cache_salt: str = ""
+
+
+class AbortRequests(msgspec.Struct, frozen=True, tag="abort"):
+    request_ids: list[str]
+
+
+class Call(msgspec.Struct, frozen=True, tag="call"):
+    """A question to the engine outside the request path; answered by one `Reply` with the same id."""
+
+    call_id: int
+    name: Literal["flush_cache", "stats", "info", "check_integrity"]
+
+
+class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
+    pass
+
+
+EngineInput = AddRequest | AbortRequests | Call | Shutdown
+
+
+class RequestUpdate(msgspec.Struct, frozen=True, tag="update"):
+    """New tokens of one request after one step; the last one carries `finish_reason`.
+
+    Attributes:
+        stop_reason: the stop token id that matched, if one did.
+        cached_tokens: prompt tokens found in the prefix cache when the request was first admitted.
+        error: what went wrong, when `finish_reason` is "error".
+    """
+
+    request_id: str
+    new_token_ids: tuple[int, ...] = ()
+    finish_reason: FinishReason | None = None
+    stop_reason: int | None = None
+    cached_tokens: int = 0
+    logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+    error: str | None = None
+
+
+class EngineStats(msgspec.Struct, frozen=True, tag="stats"):
+    """A snapshot of the scheduler and the cache, sent with every step's outputs."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_blocks: int = 0
+    num_blocks_in_use: int = 0
+    num_blocks_cached: int = 0
+    prefix_query_tokens: int = 0
+    prefix_hit_tokens: int = 0
+    num_preemptions: int = 0
+    num_steps: int = 0
+
+
+class StepOutput(msgspec.Struct, frozen=True, tag="step"):
+    updates: list[RequestUpdate]
+    stats: EngineStats
+
+
+class Reply(msgspec.Struct, frozen=True, tag="reply"):
+    call_id: int
+    result: dict[str, object]
+
+
+class EngineInfo(msgspec.Struct, frozen=True, tag="ready"):
+    """Sent once, when the engine can take requests."""
+
+    model: str
+    context_length: int
+    block_size: int
+    num_blocks: int
+    vocab_size: int
+    dtype: str
+    device: str
+    kernels: dict[str, str]
+    load_seconds: float
+
+
+class EngineFailure(msgspec.Struct, frozen=True, tag="failure"):
+    """The engine process cannot go on; `message` is fit for a user's eyes."""
+
+    message: str
+    user_error: bool = False
+
+
+EngineOutput = StepOutput | Reply | EngineInfo | EngineFailure

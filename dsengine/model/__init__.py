@@ -1,0 +1,1 @@
+"""DeepSeek's architecture, written against the operations of `dsengine.kernels`."""
