@@ -24,6 +24,7 @@ class Request:
         arrival_time: seconds on the caller's clock; the engine never reads a clock of its own.
         cache_salt: requests share cached prefixes only with requests of the same salt.
         eos_token_ids: the model's EOS ids (empty under `ignore_eos`).
+        seed: with the position in the output, decides every draw.
         num_computed_tokens: leading tokens of prompt + output whose latents are in the cache.
         block_table: cache blocks that hold those latents, in order; owned by the scheduler.
         num_cached_tokens: prompt tokens found in the prefix cache at first admission.
@@ -36,6 +37,7 @@ class Request:
     arrival_time: float = 0.0
     cache_salt: str = ""
     eos_token_ids: frozenset[int] = frozenset()
+    seed: int = 0
 
     status: RequestStatus = RequestStatus.WAITING
     output_token_ids: list[int] = field(default_factory=list)

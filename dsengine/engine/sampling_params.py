@@ -107,3 +107,9 @@ def _require_between(name: str, value: float, low: float, high: float, *, open_l
     if not ok:
         bracket = "(" if open_low else "["
         raise ValueError(f"{name} is {value!r}; it must lie in {bracket}{low}, {high}]")
+
+
+def with_child_seed(params: SamplingParams, index: int) -> SamplingParams:
+    """Parameters of the `index`-th of `params.n` continuations: alone, and with a seed of its own where one was given."""
+    seed = params.seed if params.seed is None else (params.seed + index + 2**63) % 2**64 - 2**63
+    return msgspec.structs.replace(params, n=1, seed=seed)
