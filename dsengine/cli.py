@@ -1,0 +1,225 @@
+"""The `dsengine` command: its sub-commands, and what a user sees when something goes wrong.
+
+The parser is built from light modules only, so that `--help` and a mistyped flag answer at once; torch is imported by
+the sub-command that runs. A user's mistake is told in one or two lines with exit status 2, a bug keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib import metadata
+
+from dsengine import __version__
+from dsengine.cli_flags import (
+    Parser,
+    UsageError,
+    add_config_flags,
+    add_model_argument,
+    add_sampling_flags,
+    build_config,
+    name_flag,
+    resolve_model,
+)
+from dsengine.config import EngineConfig, ServerConfig
+
+_EPILOG = "'dsengine COMMAND --help' explains a command. Without MODEL, every command uses the embedded demo model."
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line; returns the exit status: 0, 2 for a user's mistake, 130 after Ctrl-C."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in words
+    try:
+        return _dispatch([word for word in words if word != "--debug"])
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # The reader of our output is gone; keep the interpreter's final flush from complaining about it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except Exception as error:
+        message = describe_user_error(error)
+        if message is None:
+            raise
+        if debug:
+            traceback.print_exc()
+        print(f"dsengine: error: {message}" if not isinstance(error, UsageError) else message, file=sys.stderr)
+        return 2
+
+
+def _dispatch(words: list[str]) -> int:
+    parser, commands = build_parser()
+    args, unknown = parser.parse_known_args(words)
+    if args.version:
+        print(version_line())
+        return 0
+    if args.command is None:
+        parser.reject_unknown(unknown)
+        parser.print_help()
+        return 0
+    commands[args.command].reject_unknown(unknown)
+    resolve_model(args)
+    runners = {"serve": _serve, "chat": _chat, "generate": _generate, "bench": _bench, "doctor": _doctor}
+    return runners[args.command](args)
+
+
+def build_parser() -> tuple[Parser, dict[str, Parser]]:
+    """The parser of the whole command, and the parser of each sub-command by name."""
+    parser = Parser(
+        prog="dsengine",
+        usage="dsengine COMMAND [MODEL] [flags]",
+        description="Serve DeepSeek's MLA + MoE models.",
+        epilog=_EPILOG,
+    )
+    parser.add_argument("--version", action="store_true", help="print the version and exit")
+    parser.add_argument("--debug", action="store_true", help="print the traceback of an error")
+    actions = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
+    summaries = {
+        "serve": "serve a model over the OpenAI API",
+        "chat": "chat with a model in the terminal",
+        "generate": "complete prompts and print the completions",
+        "bench": "measure prefill and decode speed of a model in this process",
+        "doctor": "describe this machine, and which backend serves each operation and why",
+    }
+    commands: dict[str, Parser] = {}
+    for name, text in summaries.items():
+        description = text[0].upper() + text[1:] + "."
+        command = actions.add_parser(name, help=text, description=description, usage=f"dsengine {name} [MODEL] [flags]")
+        commands[name] = command
+        add_model_argument(command)
+        _ADD_FLAGS[name](command)
+        add_config_flags(command, EngineConfig, "engine", skip=("model",))
+        command.add_argument("--debug", action="store_true", help="print the traceback of an error")
+    return parser, commands
+
+
+def _add_serve_flags(parser: Parser) -> None:
+    add_config_flags(parser, ServerConfig, "server")
+
+
+def _add_chat_flags(parser: Parser) -> None:
+    parser.add_argument(
+        "-q",
+        "--question",
+        action="append",
+        metavar="TEXT",
+        help="ask this instead of reading questions; may be repeated",
+    )
+    parser.add_argument("--system", metavar="TEXT", help="system prompt")
+    parser.add_argument(
+        "--thinking",
+        action=argparse.BooleanOptionalAction,
+        help="the chat template's thinking switch [its own default]",
+    )
+    parser.add_argument(
+        "--url", help="chat through a running server, as in http://localhost:30000, instead of in this process"
+    )
+    parser.add_argument("--api-key", metavar="KEY", help="key of the server at --url [the variable OPENAI_API_KEY]")
+    add_sampling_flags(parser)
+
+
+def _add_generate_flags(parser: Parser) -> None:
+    parser.add_argument("-p", "--prompt", action="append", metavar="TEXT", help="text to complete; may be repeated")
+    parser.add_argument(
+        "-f", "--file", metavar="FILE", help="take one prompt from each line of FILE ('-': standard input)"
+    )
+    parser.add_argument(
+        "--chat", action="store_true", help="send each prompt as a user's message through the chat template"
+    )
+    parser.add_argument(
+        "--thinking", action=argparse.BooleanOptionalAction, help="with --chat: the template's thinking switch"
+    )
+    parser.add_argument("-n", type=int, default=1, metavar="N", help="completions of each prompt [1]")
+    parser.add_argument("--ignore-eos", action="store_true", help="go on past the end-of-sequence token")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per prompt")
+    add_sampling_flags(parser)
+
+
+def _add_bench_flags(parser: Parser) -> None:
+    parser.add_argument(
+        "--batch-size", type=int, nargs="+", default=[1, 8], metavar="B", help="requests at a time [1 8]"
+    )
+    parser.add_argument("--input-len", type=int, default=256, metavar="N", help="tokens of each prompt [256]")
+    parser.add_argument("--output-len", type=int, default=64, metavar="N", help="tokens of each output [64]")
+    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="repetitions; the median is reported [3]")
+
+
+def _add_doctor_flags(parser: Parser) -> None:
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+
+
+_ADD_FLAGS = {
+    "serve": _add_serve_flags,
+    "chat": _add_chat_flags,
+    "generate": _add_generate_flags,
+    "bench": _add_bench_flags,
+    "doctor": _add_doctor_flags,
+}
+
+
+def _serve(args: argparse.Namespace) -> int:
+    engine_config, server_config = build_config(args, EngineConfig), build_config(args, ServerConfig)
+    from dsengine.server.launch import serve
+
+    return serve(engine_config, server_config)
+
+
+def _chat(args: argparse.Namespace) -> int:
+    from dsengine.cli_chat import run_chat
+
+    return run_chat(args)
+
+
+def _generate(args: argparse.Namespace) -> int:
+    from dsengine.cli_generate import run_generate
+
+    return run_generate(args)
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from dsengine.cli_bench import run_bench
+
+    return run_bench(args)
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from dsengine.doctor import run_doctor
+
+    return run_doctor(args)
+
+
+def version_line() -> str:
+    return f"dsengine {__version__} (torch {package_version('torch')}, Python {platform.python_version()})"
+
+
+def package_version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def describe_user_error(error: Exception) -> str | None:
+    """One or two lines about a mistake of the user's or a fault of the surroundings; None for a bug of ours."""
+    text = str(error).strip()
+    if isinstance(error, UsageError):
+        return text
+    if isinstance(error, FileNotFoundError) and error.filename is not None:
+        return f"there is no file or folder {error.filename!r}"
+    if isinstance(error, (ValueError, OSError)):
+        return name_flag(text, EngineConfig) or type(error).__name__
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    if "OutOfMemoryError" in kinds or isinstance(error, MemoryError):
+        return f"the device is out of memory; a lower --max-total-tokens or --mem-fraction-static asks for less\n{text}"
+    if "HTTPError" in kinds or "TransportError" in kinds:
+        return f"the network did not help: {text or type(error).__name__}"
+    return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())
