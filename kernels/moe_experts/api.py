@@ -1,0 +1,114 @@
+"""The routed experts of a MoE layer: every token through its own few SwiGLU experts."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from dsengine.kernels.backend import Backend, Operation
+from dsengine.kernels.checks import FLOATS, FP8, INTS, ceil_div, check_device, check_dtype, check_shape
+from dsengine.kernels.gemm_fp8_block.ref import BLOCK
+from dsengine.kernels.moe_experts.ref import moe_experts_ref
+
+
+class MoeExperts(Protocol):
+    def __call__(
+        self,
+        x: Tensor,
+        w_gate_up: Tensor,
+        w_down: Tensor,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        *,
+        w_gate_up_scale: Tensor | None = None,
+        w_down_scale: Tensor | None = None,
+    ) -> Tensor: ...
+
+
+def moe_experts(
+    x: Tensor,
+    w_gate_up: Tensor,
+    w_down: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    *,
+    w_gate_up_scale: Tensor | None = None,
+    w_down_scale: Tensor | None = None,
+    backend: MoeExperts = moe_experts_ref,
+) -> Tensor:
+    """Σ_k topk_weights[t, k] · down(silu(gate(x)) · up(x)) over the token's experts; no token is ever dropped.
+
+    T tokens, E experts, K experts per token, h hidden size, I moe_intermediate_size.
+
+    Args:
+        x: float [T, h].
+        w_gate_up: [E, 2 I, h], the I gate rows, then the I up rows; x's dtype, or float8_e4m3fn with scales.
+        w_down: [E, h, I], of the same dtype as w_gate_up.
+        topk_weights: float32 [T, K].
+        topk_ids: int [T, K] in [0, E). A negative id adds nothing (an expert that lives on another rank).
+        w_gate_up_scale: float32 [E, 2, ⌈I/128⌉, ⌈h/128⌉], `weight_scale_inv` of gate and of up. They are kept apart
+            because each was cut into blocks from its own first row: where I is no multiple of 128, up's blocks do not
+            continue gate's.
+        w_down_scale: float32 [E, ⌈h/128⌉, ⌈I/128⌉].
+
+    Returns:
+        [T, h] of x's dtype; the sum over k is taken in float32 and in the order of k, so it does not depend on which
+        other tokens are in the batch.
+
+    Raises:
+        ValueError: a shape, dtype or device does not fit.
+    """
+    check_shape("x", x, None, None)
+    check_dtype("x", x, *FLOATS)
+    tokens, hidden = x.shape
+    check_shape("w_down", w_down, None, hidden, None)
+    experts, _, inter = w_down.shape
+    check_shape("w_gate_up", w_gate_up, experts, 2 * inter, hidden)
+    check_dtype("w_down", w_down, w_gate_up.dtype)
+    check_shape("topk_weights", topk_weights, tokens, None)
+    check_dtype("topk_weights", topk_weights, torch.float32)
+    check_shape("topk_ids", topk_ids, tokens, topk_weights.shape[1])
+    check_dtype("topk_ids", topk_ids, *INTS)
+    if w_gate_up_scale is None or w_down_scale is None:
+        if w_gate_up_scale is not w_down_scale:
+            raise ValueError("only one of w_gate_up_scale and w_down_scale is given; FP8 experts need both")
+        check_dtype("w_gate_up", w_gate_up, x.dtype)
+    else:
+        check_dtype("w_gate_up", w_gate_up, *FP8)
+        blocks_i, blocks_h = ceil_div(inter, BLOCK), ceil_div(hidden, BLOCK)
+        check_shape("w_gate_up_scale", w_gate_up_scale, experts, 2, blocks_i, blocks_h)
+        check_shape("w_down_scale", w_down_scale, experts, blocks_h, blocks_i)
+        check_dtype("w_gate_up_scale", w_gate_up_scale, torch.float32)
+        check_dtype("w_down_scale", w_down_scale, torch.float32)
+    check_device(
+        x.device,
+        w_gate_up=w_gate_up,
+        w_down=w_down,
+        topk_weights=topk_weights,
+        topk_ids=topk_ids,
+        w_gate_up_scale=w_gate_up_scale,
+        w_down_scale=w_down_scale,
+    )
+    if tokens == 0 or topk_ids.shape[1] == 0:
+        return torch.zeros_like(x)
+    return backend(
+        x,
+        w_gate_up,
+        w_down,
+        topk_weights,
+        topk_ids,
+        w_gate_up_scale=w_gate_up_scale,
+        w_down_scale=w_down_scale,
+    )
+
+
+MOE_EXPERTS = Operation(
+    "moe_experts",
+    moe_experts,
+    (
+        Backend("cpu", "dsengine.kernels.moe_experts.cpu:moe_experts_cpu", ("cpu",)),
+        Backend("ref", "dsengine.kernels.moe_experts.ref:moe_experts_ref"),
+    ),
+)

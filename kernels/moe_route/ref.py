@@ -1,0 +1,43 @@
+"""Executable specification of DeepSeek's routing methods."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def moe_route_ref(
+    logits: Tensor,
+    *,
+    method: str,
+    scoring: str,
+    top_k: int,
+    n_group: int = 1,
+    topk_group: int = 1,
+    bias: Tensor | None = None,
+    renormalize: bool = False,
+    scaling: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    scores = logits.softmax(dim=-1) if scoring == "softmax" else logits.sigmoid()
+    choice = scores if bias is None else scores + bias
+    if method != "greedy" and n_group > 1:
+        grouped = choice.unflatten(-1, (n_group, -1))
+        if method == "noaux_tc":
+            group_scores = grouped.topk(2, dim=-1).values.sum(dim=-1)
+        else:
+            group_scores = grouped.amax(dim=-1)
+        kept = torch.zeros_like(group_scores, dtype=torch.bool)
+        kept.scatter_(1, largest(group_scores, topk_group), True)
+        choice = grouped.masked_fill(~kept.unsqueeze(-1), -torch.inf).flatten(-2)
+    topk_ids = largest(choice, top_k)
+    topk_weights = scores.gather(1, topk_ids)
+    if renormalize:
+        topk_weights = topk_weights / (topk_weights.sum(dim=-1, keepdim=True) + 1e-20)
+    if method == "noaux_tc" or not renormalize:
+        topk_weights = topk_weights * scaling
+    return topk_weights, topk_ids
+
+
+def largest(values: Tensor, count: int) -> Tensor:
+    """Ids of the `count` largest values of each row, largest first, the lower id first among equals."""
+    return values.sort(dim=-1, descending=True, stable=True).indices[:, :count]
