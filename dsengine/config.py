@@ -10,6 +10,8 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from dsengine.demo import CHECKPOINT_DIR
+
 DType = Literal["auto", "float32", "bfloat16"]
 WeightFormat = Literal["auto", "fp8", "dequantized"]
 LogLevel = Literal["debug", "info", "warning", "error"]
@@ -31,22 +33,31 @@ class EngineConfig:
     model: str | None = _option(None, "Local folder or hub name of a checkpoint; none: the embedded demo model.")
     revision: str | None = _option(None, "Branch, tag or commit of a hub checkpoint.")
     device: str = _option("auto", "Device to run on: auto, cpu, cuda or cuda:N.")
-    dtype: DType = _option("auto", "Type of activations and of unquantised weights; auto: bfloat16 on CUDA, float32 on a CPU.")
-    weight_format: WeightFormat = _option(
-        "auto", "Keep block-FP8 weights as FP8 in memory, or dequantise them at load; auto: FP8 where the device computes in it."
+    dtype: DType = _option(
+        "auto", "Type of activations and of unquantised weights; auto: bfloat16 on CUDA, float32 on a CPU."
     )
-    context_length: int | None = _option(None, "Longest prompt + output in tokens; default: the checkpoint's.", "--max-model-len")
+    weight_format: WeightFormat = _option(
+        "auto",
+        "Keep block-FP8 weights as FP8 in memory, or dequantise them at load; auto: FP8 where the device computes in it.",
+    )
+    context_length: int | None = _option(
+        None, "Longest prompt + output in tokens; default: the checkpoint's.", "--max-model-len"
+    )
     block_size: int = _option(16, "Tokens in one KV-cache block.", "--page-size")
     max_total_tokens: int | None = _option(None, "Tokens the KV cache holds; default: from the memory at hand.")
     mem_fraction_static: float = _option(
         0.85, "Fraction of the device's memory for weights and KV cache together.", "--gpu-memory-utilization"
     )
     max_running_requests: int = _option(256, "Requests that are computed at the same time.", "--max-num-seqs")
-    max_queued_requests: int = _option(2048, "Requests that may wait; further ones get HTTP 429.", "--max-num-queued-reqs")
+    max_queued_requests: int = _option(
+        2048, "Requests that may wait; further ones get HTTP 429.", "--max-num-queued-reqs"
+    )
     chunked_prefill_size: int = _option(
         2048, "Token budget of one step: decode tokens first, then chunks of prompts.", "--max-num-batched-tokens"
     )
-    disable_radix_cache: bool = _option(False, "Do not reuse the cache of common prefixes.", "--no-enable-prefix-caching")
+    disable_radix_cache: bool = _option(
+        False, "Do not reuse the cache of common prefixes.", "--no-enable-prefix-caching"
+    )
     kernel: tuple[str, ...] = _option((), "Force a backend for an operation, as in mla_decode=ref; may be repeated.")
     seed: int = _option(0, "Seeds the draws of requests that bring no seed.", "--random-seed")
     num_threads: int | None = _option(None, "CPU threads of the engine; default: all cores.")
@@ -65,6 +76,11 @@ class EngineConfig:
                 raise ValueError(f"kernel is {item!r}; it must have the form operation=backend, as in mla_decode=ref")
 
     @property
+    def model_or_demo(self) -> str:
+        """The checkpoint to load: the one named, else the embedded one."""
+        return self.model if self.model is not None else str(CHECKPOINT_DIR)
+
+    @property
     def forced_kernels(self) -> dict[str, str]:
         return dict(item.split("=", 1) for item in self.kernel)
 
@@ -77,10 +93,14 @@ class ServerConfig:
     port: int = _option(30000, "Port to listen on.")
     served_model_name: str | None = _option(None, "Name clients use for the model; default: the name it was loaded by.")
     api_key: str | None = _option(None, "Clients must send this key as a bearer token (all routes but /health).")
-    thinking: bool | None = _option(None, "Default of the chat template's thinking switch; default: the template's own.")
+    thinking: bool | None = _option(
+        None, "Default of the chat template's thinking switch; default: the template's own."
+    )
     max_body_bytes: int = _option(8 * 1024 * 1024, "Largest request body; larger ones get HTTP 413.")
     drain_timeout: float = _option(30.0, "Seconds that running requests get to finish after SIGTERM.")
-    on_engine_failure: EngineFailurePolicy = _option("restart", "When the engine process dies: restart it, or exit non-zero.")
+    on_engine_failure: EngineFailurePolicy = _option(
+        "restart", "When the engine process dies: restart it, or exit non-zero."
+    )
     log_level: LogLevel = _option("info", "Verbosity of the log.")
 
     def __post_init__(self) -> None:

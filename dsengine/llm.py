@@ -50,7 +50,7 @@ class LLM:
     def __init__(self, model: str | None = None, *, progress: bool = True, **options: Any) -> None:
         self.config = EngineConfig(model=model, **options)
         self._progress = progress
-        checkpoint = resolve_checkpoint(self.config.model, self.config.revision)
+        checkpoint = resolve_checkpoint(self.config.model_or_demo, self.config.revision)
         self.tokenizer = Tokenizer.from_checkpoint(checkpoint)
         with loading_progress(enabled=progress) as callback:
             self._core: EngineCore | None = build_engine(
@@ -184,7 +184,9 @@ class LLM:
         if isinstance(sampling_params, SamplingParams):
             sampling_params = [sampling_params] * len(token_ids)
         if len(sampling_params) != len(token_ids):
-            raise ValueError(f"{len(sampling_params)} sampling_params were given for {len(token_ids)} prompts; give one each")
+            raise ValueError(
+                f"{len(sampling_params)} sampling_params were given for {len(token_ids)} prompts; give one each"
+            )
         pending = self._submit(texts, token_ids, sampling_params)
         if stream:
             return self._steps(pending)

@@ -126,7 +126,9 @@ def _context_length(config: EngineConfig, model_config: ModelConfig) -> int:
     if config.context_length is None:
         return longest
     if config.context_length > longest:
-        raise ValueError(f"context_length is {config.context_length}; this checkpoint has positions for {longest} tokens")
+        raise ValueError(
+            f"context_length is {config.context_length}; this checkpoint has positions for {longest} tokens"
+        )
     return config.context_length
 
 
@@ -143,7 +145,8 @@ def _num_blocks(config: EngineConfig, context_length: int, bytes_per_token: int,
     num_blocks = num_tokens // config.block_size
     if num_blocks < 2:
         raise ValueError(
-            f"the KV cache would hold {max(num_tokens, 0)} tokens ({bytes_per_token} bytes each), less than two blocks of "
-            f"{config.block_size}; raise --mem-fraction-static (now {config.mem_fraction_static}) or --max-total-tokens"
+            f"the KV cache would hold {max(num_tokens, 0)} tokens ({bytes_per_token} bytes each), less than two blocks "
+            f"of {config.block_size}; raise --mem-fraction-static (now {config.mem_fraction_static}) "
+            "or --max-total-tokens"
         )
     return num_blocks

@@ -123,7 +123,9 @@ class EngineCore:
     def _check_token_ids(self, name: str, token_ids: Sequence[int] | dict[int, float]) -> None:
         for token in token_ids:
             if not 0 <= token < self.info.vocab_size:
-                raise ValueError(f"{name} holds token id {token}; the vocabulary has ids 0 to {self.info.vocab_size - 1}")
+                raise ValueError(
+                    f"{name} holds token id {token}; the vocabulary has ids 0 to {self.info.vocab_size - 1}"
+                )
 
     def stats(self) -> EngineStats:
         return self._scheduler.stats(num_steps=self._num_steps)

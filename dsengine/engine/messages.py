@@ -12,6 +12,7 @@ import msgspec
 from dsengine.engine.sampling_params import SamplingParams
 
 FinishReason = Literal["stop", "length", "abort", "error"]
+CallName = Literal["flush_cache", "stats", "info", "check_integrity"]
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
@@ -42,7 +43,7 @@ class Call(msgspec.Struct, frozen=True, tag="call"):
     """A question to the engine outside the request path; answered by one `Reply` with the same id."""
 
     call_id: int
-    name: Literal["flush_cache", "stats", "info", "check_integrity"]
+    name: CallName
 
 
 class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
@@ -59,6 +60,7 @@ class RequestUpdate(msgspec.Struct, frozen=True, tag="update"):
         stop_reason: the stop token id that matched, if one did.
         cached_tokens: prompt tokens found in the prefix cache when the request was first admitted.
         error: what went wrong, when `finish_reason` is "error".
+        rejected: the request was refused before it ran, for a reason the client can mend.
     """
 
     request_id: str
@@ -69,6 +71,7 @@ class RequestUpdate(msgspec.Struct, frozen=True, tag="update"):
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
     error: str | None = None
+    rejected: bool = False
 
 
 class EngineStats(msgspec.Struct, frozen=True, tag="stats"):

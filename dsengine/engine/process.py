@@ -32,21 +32,11 @@ from dsengine.engine.messages import (
     Shutdown,
     StepOutput,
 )
+from dsengine.engine.process_args import EngineProcessArgs
 from dsengine.progress import loading_progress
 
 # Updates that may wait for a stalled front end before the engine pauses too.
 _MAX_UNREAD_MESSAGES = 100_000
-
-
-class EngineProcessArgs(msgspec.Struct, frozen=True):
-    """What the parent tells the engine process."""
-
-    address: str
-    config: dict[str, object]
-    checkpoint: str
-    eos_token_ids: list[int]
-    num_valid_tokens: int
-    show_progress: bool = False
 
 
 class EngineLoop:
@@ -96,7 +86,7 @@ class EngineLoop:
         try:
             self._core.add_request(message, time.monotonic())
         except ValueError as error:
-            update = RequestUpdate(message.request_id, finish_reason="error", error=str(error))
+            update = RequestUpdate(message.request_id, finish_reason="error", error=str(error), rejected=True)
             self.send(StepOutput([update], self._core.stats()))
 
     def _answer(self, name: str) -> dict[str, object]:

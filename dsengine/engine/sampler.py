@@ -74,7 +74,9 @@ class Sampler:
             positions=column([len(r.output_token_ids) for r in requests], torch.int64),
         )
         token_ids: list[int | None] = [t if t >= 0 else None for t in drawn.tolist()]
-        wanted = [(row, t, p.logprobs) for row, (t, p) in enumerate(zip(token_ids, params, strict=True)) if t is not None]
+        wanted = [
+            (row, t, p.logprobs) for row, (t, p) in enumerate(zip(token_ids, params, strict=True)) if t is not None
+        ]
         logprobs = self._logprobs_of_rows(logits, [(row, t, n) for row, t, n in wanted if n is not None])
         return [SampledToken(t, logprobs.get(row)) for row, t in enumerate(token_ids)]
 

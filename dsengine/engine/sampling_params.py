@@ -81,7 +81,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
             _require_between("max_tokens", self.max_tokens, 1, 2**31 - 1)
         _require_between("min_tokens", self.min_tokens, 0, 2**31 - 1)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
-            raise ValueError(f"min_tokens is {self.min_tokens}, but max_tokens is {self.max_tokens}; it may not be larger")
+            raise ValueError(
+                f"min_tokens is {self.min_tokens}, but max_tokens is {self.max_tokens}; it may not be larger"
+            )
         for name in ("logprobs", "prompt_logprobs"):
             value = getattr(self, name)
             if value is not None:
@@ -110,6 +112,6 @@ def _require_between(name: str, value: float, low: float, high: float, *, open_l
 
 
 def with_child_seed(params: SamplingParams, index: int) -> SamplingParams:
-    """Parameters of the `index`-th of `params.n` continuations: alone, and with a seed of its own where one was given."""
+    """Parameters of the `index`-th of `params.n` continuations; a given seed becomes a different one for each."""
     seed = params.seed if params.seed is None else (params.seed + index + 2**63) % 2**64 - 2**63
     return msgspec.structs.replace(params, n=1, seed=seed)

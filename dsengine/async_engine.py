@@ -1,0 +1,386 @@
+"""The engine in a process of its own, seen from an asyncio program: what the server talks to.
+
+The front end holds no model and no cache. It sends requests over a socket that only this user can reach, hands each
+sequence its updates, and survives the engine's death: every open request gets an error, and the process is started
+again or given up, as asked.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+import signal
+import sys
+import tempfile
+from collections import deque
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from dsengine.config import EngineConfig, EngineFailurePolicy
+from dsengine.engine.messages import (
+    AbortRequests,
+    AddRequest,
+    Call,
+    CallName,
+    EngineFailure,
+    EngineInfo,
+    EngineInput,
+    EngineOutput,
+    EngineStats,
+    Reply,
+    RequestUpdate,
+    Shutdown,
+    StepOutput,
+)
+from dsengine.engine.process_args import EngineProcessArgs
+from dsengine.engine.sampling_params import SamplingParams
+from dsengine.model.checkpoint import resolve_checkpoint
+from dsengine.tokenizer.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+# An engine that dies this many times in a row, each time within the given seconds of being ready, is given up.
+_MAX_QUICK_DEATHS = 3
+_QUICK_DEATH_SECONDS = 60.0
+_SHUTDOWN_SECONDS = 5.0
+
+
+class EngineDeadError(RuntimeError):
+    """The engine process is not there; the request may succeed later."""
+
+
+class QueueFullError(RuntimeError):
+    """As many requests are waiting as the engine accepts."""
+
+
+class _Stream:
+    """Updates of one sequence on their way to its reader."""
+
+    def __init__(self) -> None:
+        self._updates: deque[RequestUpdate | EngineDeadError] = deque()
+        self._arrived = asyncio.Event()
+
+    def put(self, update: RequestUpdate | EngineDeadError) -> None:
+        self._updates.append(update)
+        self._arrived.set()
+
+    async def get(self) -> RequestUpdate:
+        while not self._updates:
+            self._arrived.clear()
+            await self._arrived.wait()
+        update = self._updates.popleft()
+        if isinstance(update, EngineDeadError):
+            raise update
+        return update
+
+
+class AsyncEngine:
+    """Requests in, updates out, for one engine process.
+
+    Args:
+        on_failure: what follows when the engine process dies: "restart" starts a new one; "exit" leaves it dead and
+            sets `failed`.
+        show_progress: show a progress bar while the engine loads.
+
+    Raises:
+        ValueError: the checkpoint cannot be found or its tokenizer cannot be used.
+    """
+
+    def __init__(
+        self, config: EngineConfig, *, on_failure: EngineFailurePolicy = "restart", show_progress: bool = False
+    ) -> None:
+        self.config = config
+        self.checkpoint = resolve_checkpoint(config.model_or_demo, config.revision)
+        self.tokenizer = Tokenizer.from_checkpoint(self.checkpoint)
+        self.failed = asyncio.Event()
+        self._stats = EngineStats()
+        self._info: EngineInfo | None = None
+        self._on_failure = on_failure
+        self._show_progress = show_progress
+        self._streams: dict[str, _Stream] = {}
+        self._calls: dict[int, asyncio.Future[dict[str, object]]] = {}
+        self._next_call_id = 0
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder = msgspec.msgpack.Decoder(EngineOutput)
+        self._ready = False
+        self._connection: _Connection | None = None
+        self._supervisor: asyncio.Task[None] | None = None
+
+    @property
+    def info(self) -> EngineInfo:
+        """What the engine said of itself when it became ready."""
+        if self._info is None:
+            raise EngineDeadError("the engine has not started yet")
+        return self._info
+
+    @property
+    def stats(self) -> EngineStats:
+        """The engine's latest report."""
+        return self._stats
+
+    @property
+    def is_alive(self) -> bool:
+        return self._ready
+
+    @property
+    def pid(self) -> int | None:
+        """Process id of the engine, while there is one."""
+        return self._connection.process.pid if self._connection is not None else None
+
+    async def start(self) -> None:
+        """Start the engine process and wait until it takes requests.
+
+        Raises:
+            ValueError: the engine refused its configuration or checkpoint; the message says why.
+            EngineDeadError: it failed to start for another reason.
+        """
+        await self._launch()
+        self._supervisor = asyncio.create_task(self._supervise())
+
+    async def shutdown(self) -> None:
+        """Stop the engine process; open requests get an error."""
+        if self._supervisor is not None:
+            self._supervisor.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._supervisor
+            self._supervisor = None
+        if self._connection is not None:
+            self._send(Shutdown())
+            await self._connection.close(_SHUTDOWN_SECONDS)
+        self._mark_dead("the engine has been shut down")
+
+    async def generate(
+        self,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        *,
+        request_id: str,
+        priority: int = 0,
+        cache_salt: str = "",
+    ) -> AsyncIterator[RequestUpdate]:
+        """Run one sequence; the last update carries `finish_reason`. Closing the iterator aborts the sequence.
+
+        `params.n` is not looked at: the caller asks once per continuation, each under its own `request_id`.
+
+        Raises:
+            EngineDeadError: the engine is down, or went down meanwhile.
+            QueueFullError: too many requests are waiting.
+            ValueError: the engine refused the request, or `request_id` is in use.
+        """
+        self._check_admission(request_id)
+        stream = self._streams[request_id] = _Stream()
+        finished = False
+        try:
+            self._send(AddRequest(request_id, prompt_token_ids, params, priority, cache_salt))
+            while not finished:
+                update = await stream.get()
+                finished = update.finish_reason is not None
+                if update.rejected:
+                    raise ValueError(update.error)
+                yield update
+        finally:
+            self._streams.pop(request_id, None)
+            if not finished:
+                self._send(AbortRequests([request_id]))
+
+    def abort(self, request_id: str) -> None:
+        """End a sequence early: its reader gets a last update with `finish_reason` "abort". Unknown ids are fine."""
+        stream = self._streams.pop(request_id, None)
+        if stream is not None:
+            stream.put(RequestUpdate(request_id, finish_reason="abort"))
+            self._send(AbortRequests([request_id]))
+
+    async def call(self, name: CallName) -> dict[str, object]:
+        """Ask the engine something outside the request path.
+
+        Raises:
+            EngineDeadError: the engine is down.
+        """
+        if not self._ready:
+            raise EngineDeadError("the engine is not running")
+        self._next_call_id += 1
+        future: asyncio.Future[dict[str, object]] = asyncio.get_running_loop().create_future()
+        self._calls[self._next_call_id] = future
+        self._send(Call(self._next_call_id, name))
+        return await future
+
+    def _check_admission(self, request_id: str) -> None:
+        if not self._ready:
+            raise EngineDeadError("the engine is not running")
+        if request_id in self._streams:
+            raise ValueError(f"request id {request_id!r} is in use; every sequence needs its own")
+        limit = self.config.max_running_requests + self.config.max_queued_requests
+        if len(self._streams) >= limit:
+            raise QueueFullError(
+                f"{len(self._streams)} requests are running or waiting, which is the limit; try again later"
+            )
+
+    def _send(self, message: EngineInput) -> None:
+        if self._connection is not None:
+            self._connection.send(self._encoder.encode(message))
+
+    async def _launch(self) -> None:
+        args = EngineProcessArgs(
+            address="",
+            config=dataclasses.asdict(self.config),
+            checkpoint=str(self.checkpoint),
+            eos_token_ids=sorted(self.tokenizer.eos_token_ids),
+            num_valid_tokens=self.tokenizer.vocab_size,
+            show_progress=self._show_progress,
+        )
+        self._connection = await _Connection.open(args)
+        message = await self._connection.first_message(self._decoder)
+        if isinstance(message, EngineInfo):
+            self._info = message
+            self._ready = True
+            return
+        await self._connection.close(_SHUTDOWN_SECONDS)
+        self._connection = None
+        if isinstance(message, EngineFailure) and message.user_error:
+            raise ValueError(message.message)
+        reason = message.message if isinstance(message, EngineFailure) else "it ended without a word"
+        raise EngineDeadError(f"the engine could not start: {reason}")
+
+    async def _supervise(self) -> None:
+        """Read what the engine says until it dies; then start it again, or give up."""
+        loop = asyncio.get_running_loop()
+        quick_deaths = 0
+        while True:
+            assert self._connection is not None
+            ready_since = loop.time()
+            reason = await self._read_until_death(self._connection)
+            await self._connection.close(_SHUTDOWN_SECONDS)
+            self._connection = None
+            self._mark_dead(reason)
+            logger.error("engine process died: %s", reason)
+            quick_deaths = quick_deaths + 1 if loop.time() - ready_since < _QUICK_DEATH_SECONDS else 1
+            if self._on_failure == "exit" or quick_deaths > _MAX_QUICK_DEATHS:
+                self.failed.set()
+                return
+            try:
+                await self._launch()
+            except (ValueError, EngineDeadError) as error:
+                logger.error("engine process could not be restarted: %s", error)
+                self.failed.set()
+                return
+            logger.warning("engine process restarted")
+
+    async def _read_until_death(self, connection: _Connection) -> str:
+        death = asyncio.create_task(connection.process.wait())
+        failure: EngineFailure | None = None
+        try:
+            while not death.done():
+                receive = asyncio.ensure_future(connection.socket.recv())
+                await asyncio.wait((receive, death), return_when=asyncio.FIRST_COMPLETED)
+                if not receive.done():
+                    receive.cancel()
+                    break
+                message = self._decoder.decode(receive.result())
+                if isinstance(message, EngineFailure):
+                    failure = message
+                else:
+                    self._dispatch(message)
+        finally:
+            death.cancel()
+        return failure.message if failure is not None else _describe_exit(connection.process.returncode)
+
+    def _dispatch(self, message: EngineOutput) -> None:
+        match message:
+            case StepOutput():
+                self._stats = message.stats
+                for update in message.updates:
+                    # An update may cross an abort on the way; nobody waits for it any more.
+                    stream = self._streams.get(update.request_id)
+                    if stream is not None:
+                        stream.put(update)
+            case Reply():
+                future = self._calls.pop(message.call_id, None)
+                if future is not None and not future.done():
+                    future.set_result(message.result)
+
+    def _mark_dead(self, reason: str) -> None:
+        self._ready = False
+        self._stats = EngineStats()
+        for stream in self._streams.values():
+            stream.put(EngineDeadError(reason))
+        self._streams.clear()
+        for future in self._calls.values():
+            if not future.done():
+                future.set_exception(EngineDeadError(reason))
+        self._calls.clear()
+
+
+class _Connection:
+    """One engine process and the socket to it."""
+
+    def __init__(
+        self,
+        process: asyncio.subprocess.Process,
+        socket: zmq.asyncio.Socket,
+        context: zmq.asyncio.Context,
+        folder: tempfile.TemporaryDirectory[str],
+    ) -> None:
+        self.process = process
+        self.socket = socket
+        self._context = context
+        self._folder = folder
+
+    @classmethod
+    async def open(cls, args: EngineProcessArgs) -> _Connection:
+        # A fresh folder that only this user may enter, and a fresh socket in it: a dead engine leaves nothing behind.
+        folder = tempfile.TemporaryDirectory(prefix="dsengine-")
+        address = f"ipc://{Path(folder.name) / 'engine.sock'}"
+        context = zmq.asyncio.Context()
+        socket = context.socket(zmq.PAIR)
+        socket.setsockopt(zmq.SNDHWM, 0)
+        socket.setsockopt(zmq.RCVHWM, 0)
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.bind(address)
+        # Its own session: Ctrl-C at the terminal is for the server, which then stops the engine in good order.
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "dsengine.engine.process", stdin=asyncio.subprocess.PIPE, start_new_session=True
+        )
+        assert process.stdin is not None
+        process.stdin.write(msgspec.json.encode(msgspec.structs.replace(args, address=address)) + b"\n")
+        return cls(process, socket, context, folder)
+
+    def send(self, data: bytes) -> None:
+        # Without a high-water mark the message is queued at once, so there is nothing to await.
+        self.socket.send(data)
+
+    async def first_message(self, decoder: msgspec.msgpack.Decoder[EngineOutput]) -> EngineOutput | None:
+        """The engine's first word, or None when it died without one."""
+        receive = asyncio.ensure_future(self.socket.recv())
+        death = asyncio.create_task(self.process.wait())
+        try:
+            await asyncio.wait((receive, death), return_when=asyncio.FIRST_COMPLETED)
+            if not receive.done():
+                # The last message may still be on its way when the process has gone.
+                await asyncio.wait((receive,), timeout=1.0)
+            return decoder.decode(receive.result()) if receive.done() else None
+        finally:
+            receive.cancel()
+            death.cancel()
+
+    async def close(self, timeout: float) -> None:
+        """Let the process end by itself for `timeout` seconds, then kill it."""
+        try:
+            await asyncio.wait_for(self.process.wait(), timeout)
+        except TimeoutError:
+            self.process.kill()
+            await self.process.wait()
+        self.socket.close()
+        self._context.term()
+        self._folder.cleanup()
+
+
+def _describe_exit(returncode: int | None) -> str:
+    if returncode is not None and returncode < 0:
+        return f"the engine process was killed by {signal.Signals(-returncode).name}"
+    return f"the engine process ended with exit code {returncode}"
