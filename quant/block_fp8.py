@@ -39,7 +39,7 @@ def quantize_block_fp8(
         raise ValueError(f"scale_fmt is {scale_fmt!r}; expected None or 'ue8m0'")
     rows, columns = weight.shape[-2:]
     value = F.pad(weight.float(), (0, -columns % block[1], 0, -rows % block[0]))
-    blocks = value.unflatten(-1, (-1, block[1])).unflatten(-3, (-1, block[0]))
+    blocks = torch.unflatten(torch.unflatten(value, -1, (-1, block[1])), -3, (-1, block[0]))
     amax = blocks.abs().amax(dim=(-3, -1))
     if not amax.isfinite().all():
         raise ValueError("weight holds a NaN or an infinity; it cannot be quantised")

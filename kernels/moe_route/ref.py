@@ -21,11 +21,9 @@ def moe_route_ref(
     scores = logits.softmax(dim=-1) if scoring == "softmax" else logits.sigmoid()
     choice = scores if bias is None else scores + bias
     if method != "greedy" and n_group > 1:
-        grouped = choice.unflatten(-1, (n_group, -1))
-        if method == "noaux_tc":
-            group_scores = grouped.topk(2, dim=-1).values.sum(dim=-1)
-        else:
-            group_scores = grouped.amax(dim=-1)
+        grouped = torch.unflatten(choice, -1, (n_group, -1))
+        best = grouped.topk(2 if method == "noaux_tc" else 1, dim=-1).values
+        group_scores = best.sum(dim=-1)
         kept = torch.zeros_like(group_scores, dtype=torch.bool)
         kept.scatter_(1, largest(group_scores, topk_group), True)
         choice = grouped.masked_fill(~kept.unsqueeze(-1), -torch.inf).flatten(-2)

@@ -16,7 +16,7 @@ AMAX_FLOOR = 1e-4
 
 def quant_fp8_group_ref(x: Tensor, *, scale_fmt: Literal["ue8m0"] | None, floor: float) -> tuple[Tensor, Tensor]:
     tokens, width = x.shape
-    padded = F.pad(x.float(), (0, -width % BLOCK)).unflatten(1, (-1, BLOCK))
+    padded = torch.unflatten(F.pad(x.float(), (0, -width % BLOCK)), 1, (-1, BLOCK))
     scale = padded.abs().amax(dim=-1).clamp(min=floor) / E4M3_MAX
     if scale_fmt == "ue8m0":
         scale = round_up_to_power_of_two(scale)
