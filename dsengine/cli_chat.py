@@ -7,6 +7,7 @@ gets the answer alone.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -140,7 +141,7 @@ def run_chat(args: argparse.Namespace) -> int:
         if sys.stdin.isatty():
             print(f"chatting with {backend.model}; {_HELP}", file=sys.stderr)
             return _talk(conversation, _typed_lines())
-        return _talk(conversation, _piped_lines())
+        return _talk(conversation, iter(sys.stdin))
     finally:
         backend.close()
 
@@ -164,20 +165,13 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _typed_lines() -> Iterator[str]:
-    try:
+    with contextlib.suppress(ImportError):
         import readline  # noqa: F401 - gives input() line editing and history
-    except ImportError:
-        pass
     while True:
         try:
             yield input("\n> ")
         except EOFError:
             return
-
-
-def _piped_lines() -> Iterator[str]:
-    for line in sys.stdin:
-        yield line
 
 
 def _talk(conversation: Conversation, lines: Iterator[str]) -> int:
