@@ -137,12 +137,6 @@ class ModelConfig:
         return scale * m * m
 
     @property
-    def effective_routed_scaling(self) -> float:
-        """Factor on the routed sum: V2's remote code renormalises *instead of* scaling, V3's does both."""
-        softmax_renormalised = self.scoring_func == "softmax" and self.norm_topk_prob and self.num_experts_per_tok > 1
-        return 1.0 if softmax_renormalised else self.routed_scaling_factor
-
-    @property
     def has_router_bias(self) -> bool:
         return self.topk_method == "noaux_tc"
 

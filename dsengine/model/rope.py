@@ -8,24 +8,11 @@ past a few hundred tokens.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from dsengine.model.config import ModelConfig, YarnScaling
-
-
-@dataclass(frozen=True)
-class RotaryTable:
-    """cos and sin of every position: float32 [positions, qk_rope_head_dim / 2]."""
-
-    cos: Tensor
-    sin: Tensor
-
-    @property
-    def num_positions(self) -> int:
-        return self.cos.shape[0]
 
 
 def yarn_ramp_bounds(dim: int, theta: float, scaling: YarnScaling) -> tuple[float, float]:
@@ -51,10 +38,14 @@ def rotary_frequencies(config: ModelConfig) -> Tensor:
     return frequencies * (1.0 - ramp) + frequencies / scaling.factor * ramp
 
 
-def rotary_table(config: ModelConfig, device: torch.device, num_positions: int | None = None) -> RotaryTable:
-    """Tables for positions 0 … num_positions - 1; by default for as many as the checkpoint was made for."""
+def rotary_table(config: ModelConfig, device: torch.device, num_positions: int | None = None) -> Tensor:
+    """Rotations of positions 0 … num_positions - 1; by default as many as the checkpoint was made for.
+
+    Returns:
+        float32 [num_positions, qk_rope_head_dim]: the cosines of all pairs, then their sines.
+    """
     count = config.max_position_embeddings if num_positions is None else num_positions
     positions = torch.arange(count, dtype=torch.float32, device=device)
     angles = torch.outer(positions, rotary_frequencies(config).to(device))
     factor = config.rope_scaling.attention_factor if config.rope_scaling is not None else 1.0
-    return RotaryTable(cos=angles.cos() * factor, sin=angles.sin() * factor)
+    return torch.cat((angles.cos(), angles.sin()), dim=-1) * factor

@@ -1,0 +1,65 @@
+"""Linear layers, whose weight may be plain or block-FP8, and may hold several projections of the same input.
+
+Everything above asks only for `layer(x)`; which form a checkpoint and a device allow is settled here when the layer
+is built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dsengine.kernels.registry import Kernels
+from dsengine.model.tensors import scale_shape
+from dsengine.model.weights import FP8_BLOCK, Slot, WeightSlots
+
+
+class Linear:
+    """y = x · Wᵀ, for one or several stored weights stacked on their output dimension.
+
+    FP8 scales are stacked likewise. Where a stored weight's rows do not end at a block's edge, the next one's blocks do
+    not continue its own; such layers are computed part by part.
+
+    Args:
+        in_features: width of the input.
+        parts: output width by name of the stored weight [width, in_features], in the order of the outputs.
+        may_be_fp8: False for weights that are needed in the activations' dtype whatever the checkpoint holds.
+    """
+
+    def __init__(
+        self, slots: WeightSlots, kernels: Kernels, in_features: int, parts: Mapping[str, int], may_be_fp8: bool = True
+    ) -> None:
+        self._kernels = kernels
+        out_features = sum(parts.values())
+        is_fp8 = may_be_fp8 and slots.keeps_fp8(list(parts))
+        scale_rows = [scale_shape((width, in_features), FP8_BLOCK)[0] for width in parts.values()]
+        self.scale: Tensor | None = None
+        if is_fp8:
+            self.weight = slots.empty_fp8(out_features, in_features)
+            self.scale = slots.empty(sum(scale_rows), -(-in_features // FP8_BLOCK[1]), dtype=torch.float32)
+        else:
+            self.weight = slots.empty(out_features, in_features)
+        self._parts: list[Slot] = []
+        row = scale_row = 0
+        for (name, width), rows in zip(parts.items(), scale_rows, strict=True):
+            scale = None if self.scale is None else self.scale[scale_row : scale_row + rows]
+            part = Slot(self.weight[row : row + width], scale)
+            slots.add(name, part)
+            self._parts.append(part)
+            row, scale_row = row + width, scale_row + rows
+        self._one_product = all(width % FP8_BLOCK[0] == 0 for width in list(parts.values())[:-1])
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[T, in_features] → [T, sum of the parts' widths], of x's dtype."""
+        if self.scale is None:
+            return F.linear(x, self.weight)
+        if self._one_product:
+            return self._kernels.gemm_fp8_block(x, self.weight, self.scale, out_dtype=x.dtype)
+        return torch.cat([self._part_product(x, part) for part in self._parts], dim=-1)
+
+    def _part_product(self, x: Tensor, part: Slot) -> Tensor:
+        assert part.scale is not None
+        return self._kernels.gemm_fp8_block(x, part.weight, part.scale, out_dtype=x.dtype)

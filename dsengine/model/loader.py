@@ -1,0 +1,148 @@
+"""Filling a model from a checkpoint, tensor by tensor, from files that are mapped rather than read.
+
+Everything that headers can tell is checked before the first weight is touched; then every parameter is filled exactly
+once, each stored tensor going straight to its place in a stacked or fused parameter. Memory peaks at the weights plus
+the pages of one shard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from dsengine.kernels.registry import Kernels
+from dsengine.model.checkpoint import CheckpointError, StoredTensor, raise_problems, read_checkpoint
+from dsengine.model.config import ModelConfig
+from dsengine.model.deepseek import DeepseekModel
+from dsengine.model.tensors import FP8_DTYPE, SCALE_SUFFIX, expected_tensors, is_recomputed, nextn_copies, nextn_tensors
+from dsengine.model.validation import find_mismatches
+from dsengine.model.weights import WeightSlots
+from dsengine.quant.block_fp8 import dequantize_block_fp8, is_ue8m0
+
+ProgressCallback = Callable[[int, int], None]
+
+
+def load_model(
+    path: Path,
+    config: ModelConfig,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    weight_format: Literal["auto", "fp8", "dequantized"] = "auto",
+    kernels: Kernels,
+    progress: ProgressCallback | None = None,
+) -> DeepseekModel:
+    """Build the model of a checkpoint folder and fill it.
+
+    The NextN layer is loaded if the config announces one and the files hold one (conversions often drop it).
+
+    Args:
+        path: local folder, as from `resolve_checkpoint`.
+        config: of the same folder.
+        dtype: of activations and of weights that are not FP8; bfloat16 or float32 (V3's activations overflow float16).
+        weight_format: "fp8" keeps block-FP8 weights and their scales as stored (but kv_b_proj); "dequantized" converts
+            them to `dtype`; "auto" keeps them where the device computes in FP8 (compute capability 8.9 and above).
+        progress: called with (bytes loaded, bytes in all) after each tensor.
+
+    Raises:
+        CheckpointError: the files do not hold what the config says; all mismatches are listed, up to ten in full.
+        ValueError: `dtype` is not supported.
+    """
+    if dtype not in (torch.bfloat16, torch.float32):
+        raise ValueError(f"dtype is {dtype}; it must be torch.bfloat16 or torch.float32")
+    stored = read_checkpoint(path)
+    expected = expected_tensors(config)
+    nextn = nextn_tensors(config) if config.num_nextn_predict_layers else {}
+    with_nextn = any(name in stored for name in nextn)
+    if with_nextn:
+        expected |= nextn
+    unused = {name for name in stored if is_recomputed(name)} | nextn_copies(config).keys()
+    raise_problems(find_mismatches(stored, expected, unused, config.quantization), path)
+
+    used = {name: tensor for name, tensor in stored.items() if name not in unused}
+    fp8_weights = frozenset(name for name, tensor in used.items() if tensor.dtype == FP8_DTYPE)
+    keep_fp8 = weight_format == "fp8" or (weight_format == "auto" and _computes_fp8(device))
+    slots = WeightSlots(device, dtype, fp8_weights if keep_fp8 else frozenset())
+    model = DeepseekModel(slots, kernels, config, with_nextn)
+    assert slots.by_name.keys() == expected.keys(), "the model's parameters and the table of tensors disagree"
+    is_power_of_two = config.quantization is not None and config.quantization.scale_fmt == "ue8m0"
+    _Filling(slots, used, is_power_of_two, progress).run()
+    return model
+
+
+def _computes_fp8(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+class _Filling:
+    """One pass over the shards of a checkpoint whose headers have been checked."""
+
+    def __init__(
+        self,
+        slots: WeightSlots,
+        stored: dict[str, StoredTensor],
+        scales_are_powers_of_two: bool,
+        progress: ProgressCallback | None,
+    ) -> None:
+        self._slots = slots.by_name
+        self._stored = stored
+        self._scales_are_powers_of_two = scales_are_powers_of_two
+        self._progress = progress
+        self._scales: dict[str, Tensor] = {}  # of weights that are dequantised: they may lie in a later shard
+        self._done_bytes = 0
+        self._total_bytes = sum(tensor.num_bytes for tensor in stored.values())
+        self._unfilled = set(slots.by_name)
+
+    def run(self) -> None:
+        by_file: dict[Path, list[StoredTensor]] = {}
+        for tensor in self._stored.values():
+            by_file.setdefault(tensor.file, []).append(tensor)
+        for file, tensors in by_file.items():
+            self._read(file, (t for t in tensors if t.name.endswith(SCALE_SUFFIX)), self._fill_scale)
+        for file, tensors in by_file.items():
+            self._read(file, (t for t in tensors if not t.name.endswith(SCALE_SUFFIX)), self._fill_weight)
+        assert not self._unfilled, f"never filled: {sorted(self._unfilled)[:10]}"
+
+    def _read(self, file: Path, tensors: Iterable[StoredTensor], fill: Callable[[StoredTensor, Tensor], None]) -> None:
+        with safe_open(file, framework="pt", device="cpu") as data:
+            for tensor in tensors:
+                fill(tensor, data.get_tensor(tensor.name))
+                self._done_bytes += tensor.num_bytes
+                if self._progress is not None:
+                    self._progress(self._done_bytes, self._total_bytes)
+
+    def _fill_scale(self, tensor: StoredTensor, scale: Tensor) -> None:
+        if not bool((torch.isfinite(scale) & (scale > 0)).all()):
+            raise CheckpointError(
+                f"{tensor.file.name}: tensor {tensor.name!r} expected finite scales above 0, "
+                f"found values from {scale.min().item()} to {scale.max().item()}"
+            )
+        if self._scales_are_powers_of_two and not is_ue8m0(scale):
+            raise CheckpointError(
+                f"{tensor.file.name}: tensor {tensor.name!r} expected powers of two (scale_fmt is ue8m0), "
+                f"found {_not_power_of_two(scale)}"
+            )
+        weight = tensor.name.removesuffix(SCALE_SUFFIX)
+        slot = self._slots[weight]
+        if slot.scale is not None:
+            slot.scale.copy_(scale)
+        else:
+            self._scales[weight] = scale.to(slot.weight.device, copy=True)
+
+    def _fill_weight(self, tensor: StoredTensor, weight: Tensor) -> None:
+        slot = self._slots[tensor.name]
+        self._unfilled.remove(tensor.name)
+        if tensor.dtype == FP8_DTYPE and slot.scale is None:
+            scale = self._scales.pop(tensor.name)
+            weight = dequantize_block_fp8(weight.to(slot.weight.device), scale, dtype=slot.weight.dtype)
+        slot.weight.copy_(weight)
+
+
+def _not_power_of_two(scale: Tensor) -> float:
+    values: list[float] = scale.flatten().tolist()
+    return next(value for value in values if not is_ue8m0(torch.tensor([value])))

@@ -1,0 +1,109 @@
+"""Feed-forward part of a decoder layer: one gated MLP in dense layers, routed and shared experts in the others.
+
+Source: DeepSeek-V2 (section 2.2) and DeepSeek-V3 (section 2.1.2); routing methods are named as in the config.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dsengine.kernels.registry import Kernels
+from dsengine.model.config import ModelConfig
+from dsengine.model.linear import Linear
+from dsengine.model.weights import Slot, WeightSlots
+
+
+class GatedMLP:
+    """down(silu(gate(x)) · up(x)), gate and up in one product."""
+
+    def __init__(self, slots: WeightSlots, kernels: Kernels, prefix: str, hidden_size: int, intermediate: int) -> None:
+        gate, up = f"{prefix}gate_proj.weight", f"{prefix}up_proj.weight"
+        self.gate_up = Linear(slots, kernels, hidden_size, {gate: intermediate, up: intermediate})
+        self.down = Linear(slots, kernels, intermediate, {f"{prefix}down_proj.weight": hidden_size})
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[T, hidden_size] → the same."""
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+
+class Router:
+    """Chooses experts and their weights. Logits, scores and the selection bias are float32 whatever the model's dtype:
+    the bias separates experts by less than bfloat16 resolves."""
+
+    def __init__(self, slots: WeightSlots, kernels: Kernels, config: ModelConfig, prefix: str) -> None:
+        self._kernels = kernels
+        self._config = config
+        experts = config.n_routed_experts
+        self.weight = slots.tensor(f"{prefix}weight", experts, config.hidden_size, dtype=torch.float32)
+        self.bias: Tensor | None = None
+        if config.has_router_bias:
+            self.bias = slots.tensor(f"{prefix}e_score_correction_bias", experts, dtype=torch.float32)
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """[T, hidden_size] → (topk_weights float32 [T, K], scaling included; topk_ids int64 [T, K])."""
+        config = self._config
+        return self._kernels.moe_route(
+            F.linear(x.float(), self.weight),
+            method=config.topk_method,
+            scoring=config.scoring_func,
+            top_k=config.num_experts_per_tok,
+            n_group=config.n_group,
+            topk_group=config.topk_group,
+            bias=self.bias,
+            renormalize=config.norm_topk_prob,
+            scaling=config.routed_scaling_factor,
+        )
+
+
+class MixtureOfExperts:
+    """Routed experts, scaled once by their router, plus the shared experts, unscaled."""
+
+    def __init__(self, slots: WeightSlots, kernels: Kernels, config: ModelConfig, prefix: str) -> None:
+        self._kernels = kernels
+        self.router = Router(slots, kernels, config, f"{prefix}gate.")
+        self.w_gate_up_scale: Tensor | None = None
+        self.w_down_scale: Tensor | None = None
+        self._allocate_experts(slots, config, f"{prefix}experts.")
+        self.shared_experts: GatedMLP | None = None
+        if config.n_shared_experts:
+            self.shared_experts = GatedMLP(
+                slots, kernels, f"{prefix}shared_experts.", config.hidden_size, config.shared_intermediate_size
+            )
+
+    def _allocate_experts(self, slots: WeightSlots, config: ModelConfig, prefix: str) -> None:
+        experts, hidden, inter = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
+        names = [f"{prefix}{e}.{kind}_proj.weight" for e in range(experts) for kind in ("gate", "up", "down")]
+        if slots.keeps_fp8(names):
+            self.w_gate_up = slots.empty_fp8(experts, 2 * inter, hidden)
+            self.w_down = slots.empty_fp8(experts, hidden, inter)
+            self.w_gate_up_scale = slots.empty_scales(experts, 2, rows=inter, columns=hidden)
+            self.w_down_scale = slots.empty_scales(experts, rows=hidden, columns=inter)
+        else:
+            self.w_gate_up = slots.empty(experts, 2 * inter, hidden)
+            self.w_down = slots.empty(experts, hidden, inter)
+        gate_up_scale, down_scale = self.w_gate_up_scale, self.w_down_scale
+        for e in range(experts):
+            gate_scale = None if gate_up_scale is None else gate_up_scale[e, 0]
+            up_scale = None if gate_up_scale is None else gate_up_scale[e, 1]
+            slots.add(f"{prefix}{e}.gate_proj.weight", Slot(self.w_gate_up[e, :inter], gate_scale))
+            slots.add(f"{prefix}{e}.up_proj.weight", Slot(self.w_gate_up[e, inter:], up_scale))
+            slots.add(
+                f"{prefix}{e}.down_proj.weight", Slot(self.w_down[e], None if down_scale is None else down_scale[e])
+            )
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[T, hidden_size] → the same."""
+        topk_weights, topk_ids = self.router(x)
+        routed = self._kernels.moe_experts(
+            x,
+            self.w_gate_up,
+            self.w_down,
+            topk_weights,
+            topk_ids,
+            w_gate_up_scale=self.w_gate_up_scale,
+            w_down_scale=self.w_down_scale,
+        )
+        return routed if self.shared_experts is None else routed + self.shared_experts(x)
