@@ -167,9 +167,7 @@ class LLM:
             texts: list[str | None] = [prompts] if isinstance(prompts, str) else list(prompts)
             return texts, [self.tokenizer.encode(t or "", add_special_tokens=True) for t in texts]
         assert prompt_token_ids is not None
-        if prompt_token_ids and isinstance(prompt_token_ids[0], int):
-            prompt_token_ids = [prompt_token_ids]  # type: ignore[list-item]
-        lists = [list(ids) for ids in prompt_token_ids]  # type: ignore[arg-type]
+        lists = _as_lists(prompt_token_ids)
         return [None] * len(lists), lists
 
     def _run(
@@ -247,3 +245,17 @@ class LLM:
     def _abort(self, pending: list[_Pending]) -> None:
         if self._core is not None:
             self._core.abort([f"{p.output.request_id}-{a.output.index}" for p in pending for a in p.assemblers])
+
+
+def _as_lists(token_ids: Sequence[int] | Sequence[Sequence[int]]) -> list[list[int]]:
+    """One prompt or several, as several."""
+    flat: list[int] = []
+    lists: list[list[int]] = []
+    for item in token_ids:
+        if isinstance(item, int):
+            flat.append(item)
+        else:
+            lists.append(list(item))
+    if flat and lists:
+        raise ValueError("prompt_token_ids mixes token ids and lists of token ids; give one list, or a list of lists")
+    return [flat] if flat else lists

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from dsengine.engine.batch import ScheduledBatch, ScheduledRequest
 from dsengine.memory.kv_cache import KVCachePool
+from dsengine.model.attention_plan import runs_absorbed
 from dsengine.model.deepseek import DeepseekModel
 from dsengine.model.forward_batch import ForwardBatch
-from dsengine.model.mla import runs_absorbed
 
 
 @dataclass(frozen=True)
