@@ -67,6 +67,8 @@ class LatentAttention:
         Returns:
             [T, hidden_size].
         """
+        if batch.num_tokens == 0:
+            return x
         config = self._config
         query, kv_a = torch.split(self.qkv_a(x), [self._query_width, config.latent_dim], dim=-1)
         if self.q_norm is not None and self.q_b is not None:
