@@ -10,11 +10,15 @@ import httpx
 
 from benchmarks.serving_client import Call, Target
 
-_WORDS = (
-    "time year people way day man thing woman life child world school state family student group country problem hand "
-    "part place case week company system program question work number night point home water room mother area money "
-    "story fact month lot right study book eye job word business issue side kind head house service friend father"
-).split()
+_WORDS = tuple(
+    word
+    for line in (
+        "time year people way day man thing woman life child world school state family student group country problem",
+        "part place case week company system program question work number night point home water room mother area",
+        "money fact story month lot right study book eye job word business issue side kind head house service friend father hand",
+    )
+    for word in line.split()
+)
 
 
 class PromptMaker:

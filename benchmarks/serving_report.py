@@ -29,7 +29,7 @@ def percentile(values: Sequence[float], percent: float) -> float:
 def spread(seconds: Sequence[float]) -> dict[str, float | None]:
     """Mean and percentiles in milliseconds; None where there is nothing to measure."""
     if not seconds:
-        return {name: None for name in ("mean", *(f"p{p}" for p in PERCENTILES), "max")}
+        return dict.fromkeys(("mean", "max", *(f"p{p}" for p in PERCENTILES)))
     figures = {"mean": sum(seconds) / len(seconds), "max": max(seconds)}
     figures |= {f"p{p}": percentile(seconds, p) for p in PERCENTILES}
     return {name: round(value * 1000, 3) for name, value in figures.items()}

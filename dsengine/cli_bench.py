@@ -56,8 +56,12 @@ def random_prompts(batch_size: int, input_len: int, vocab_size: int, seed: int) 
     return [[rng.randrange(1, vocab_size * 9 // 10) for _ in range(input_len)] for _ in range(batch_size)]
 
 
-def measure_engine(llm: LLM, prompts: list[list[int]], output_len: int) -> Speed:
-    """Run a batch greedily to exactly `output_len` (at least 2) tokens each and time its two phases."""
+def measure_engine(llm: LLM, prompts: list[list[int]], output_len: int) -> tuple[Speed, list[list[int]]]:
+    """Run a batch greedily to exactly `output_len` (at least 2) tokens each and time its two phases.
+
+    Returns:
+        The speed, and the token ids of each output.
+    """
     from dsengine.engine.sampling_params import SamplingParams
 
     params = SamplingParams(temperature=0.0, max_tokens=output_len, ignore_eos=True)
@@ -75,7 +79,9 @@ def measure_engine(llm: LLM, prompts: list[list[int]], output_len: int) -> Speed
     generated = _count_tokens(outputs)
     if generated != len(prompts) * output_len:
         raise RuntimeError(f"{generated} tokens were generated instead of {len(prompts) * output_len}")
-    return Speed(sum(map(len, prompts)), first - started, generated - tokens_at_first, ended - first)
+    speed = Speed(sum(map(len, prompts)), first - started, generated - tokens_at_first, ended - first)
+    in_order = sorted(outputs.values(), key=lambda output: int(output.request_id))
+    return speed, [output.outputs[0].token_ids for output in in_order]
 
 
 def _count_tokens(outputs: dict[str, RequestOutput]) -> int:
@@ -123,7 +129,7 @@ def _measure_rounds(llm: LLM, batch_size: int, args: argparse.Namespace) -> dict
         prompts = random_prompts(
             batch_size, args.input_len, llm.tokenizer.vocab_size, seed=round_number * 1009 + batch_size
         )
-        speeds.append(measure_engine(llm, prompts, args.output_len))
+        speeds.append(measure_engine(llm, prompts, args.output_len)[0])
     return {
         "batch_size": batch_size,
         "prefill_tokens_per_s": round(statistics.median(speed.prefill_rate for speed in speeds), 2),

@@ -47,17 +47,18 @@ class LocalChat:
         self, messages: Sequence[Mapping[str, Any]], thinking: bool | None, options: Mapping[str, Any]
     ) -> Iterator[Piece]:
         from dsengine.engine.sampling_params import SamplingParams
-        from dsengine.server.reasoning import ReasoningParser
+        from dsengine.server.reasoning import ReasoningSplitter
+        from dsengine.tokenizer.chat_template import ends_in_thinking
 
         params = SamplingParams(**{**self._llm.tokenizer.sampling_defaults, **options})
         switches = {} if thinking is None else {"thinking": thinking}
-        parser: ReasoningParser | None = None
+        splitter: ReasoningSplitter | None = None
         for output in self._llm.chat(messages, params, chat_template_kwargs=switches, stream=True):
-            if parser is None:
-                parser = ReasoningParser(output.prompt or "")
-            yield from _pieces(*parser.push(output.outputs[0].delta))
-        if parser is not None:
-            yield from _pieces(*parser.finish())
+            if splitter is None:
+                splitter = ReasoningSplitter(ends_in_thinking(output.prompt or ""))
+            yield from _pieces(*splitter.push(output.outputs[0].delta))
+        if splitter is not None:
+            yield from _pieces(*splitter.finish())
 
     def close(self) -> None:
         self._llm.shutdown()
@@ -130,10 +131,11 @@ class Conversation:
 
 def run_chat(args: argparse.Namespace) -> int:
     """The `chat` sub-command; returns the exit status."""
+    options = _options(args)
     backend = _open_backend(args)
     try:
         printer = Printer(sys.stdout, sys.stderr)
-        conversation = Conversation(backend, printer, args.system, args.thinking, _options(args))
+        conversation = Conversation(backend, printer, args.system, args.thinking, options)
         if args.question:
             for question in args.question:
                 conversation.ask(question)
@@ -158,7 +160,11 @@ def _open_backend(args: argparse.Namespace) -> ChatBackend:
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:
+    """The sampling options given, found valid before anything is loaded."""
+    from dsengine.engine.sampling_params import SamplingParams
+
     options = given_sampling(args)
+    SamplingParams(**options)
     if args.url is not None and "seed" in args:
         options["seed"] = args.seed
     return options

@@ -24,10 +24,11 @@ def run_generate(args: argparse.Namespace) -> int:
     prompts = _read_prompts(args)
     build_config(args, EngineConfig)
     from dsengine.engine.sampling_params import SamplingParams
-    from dsengine.llm import LLM
 
     chosen = {**given_sampling(args), "n": args.n, "ignore_eos": args.ignore_eos}
     SamplingParams(**chosen)  # tell of a bad value before minutes of loading
+    from dsengine.llm import LLM
+
     with LLM(**given_fields(args, EngineConfig)) as llm:
         params = SamplingParams(**{**llm.tokenizer.sampling_defaults, **chosen})
         if len(prompts) == 1 and args.n == 1 and not args.json:
