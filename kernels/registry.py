@@ -106,7 +106,7 @@ def _choose(operation: Operation, device: torch.device, forced: str | None) -> C
         if not available:
             raise ValueError(f"backend {forced!r} of {operation.name} was asked for, but it {reason}")
         return Choice(operation.name, forced, "forced")
-    refused = []
+    refused: list[str] = []
     for backend in operation.backends:
         available, reason = backend.is_available(device)
         if available:

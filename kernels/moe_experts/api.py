@@ -54,8 +54,8 @@ def moe_experts(
         w_down_scale: float32 [E, ⌈h/128⌉, ⌈I/128⌉].
 
     Returns:
-        [T, h] of x's dtype; the sum over k is taken in float32 and in the order of k, so it does not depend on which
-        other tokens are in the batch.
+        [T, h] of x's dtype; a token's experts are added up in float32 and in the order of their ids, whatever other
+        tokens are in the batch.
 
     Raises:
         ValueError: a shape, dtype or device does not fit.

@@ -20,8 +20,7 @@ def moe_experts_ref(
     w_down_scale: Tensor | None = None,
 ) -> Tensor:
     value = x.float()
-    # One slot per (token, k), summed at the end in the order of k whatever the order of the experts.
-    parts = torch.zeros((*topk_ids.shape, x.shape[1]), dtype=torch.float32, device=x.device)
+    out = torch.zeros_like(value)
     for expert in range(w_down.shape[0]):
         token, k = (topk_ids == expert).nonzero(as_tuple=True)
         if token.numel() == 0:
@@ -30,12 +29,10 @@ def moe_experts_ref(
         if w_gate_up_scale is None or w_down_scale is None:
             gate_up, down = gate_up.float(), down.float()
         else:
-            halves = zip(gate_up.chunk(2), w_gate_up_scale[expert], strict=True)
-            gate_up = torch.cat([dequantize_blocks(half, scale) for half, scale in halves])
+            gate_scale, up_scale = w_gate_up_scale[expert]
+            gate, up = gate_up.chunk(2)
+            gate_up = torch.cat((dequantize_blocks(gate, gate_scale), dequantize_blocks(up, up_scale)))
             down = dequantize_blocks(down, w_down_scale[expert])
         gate, up = (value[token] @ gate_up.T).chunk(2, dim=-1)
-        parts[token, k] = (F.silu(gate) * up) @ down.T
-    out = torch.zeros_like(value)
-    for k in range(topk_ids.shape[1]):
-        out += parts[:, k] * topk_weights[:, k, None]
+        out.index_add_(0, token, (F.silu(gate) * up) @ down.T * topk_weights[token, k, None])
     return out.to(x.dtype)
