@@ -188,8 +188,9 @@ class RadixCache:
         """
         references = self.block_manager.references
         top = None
-        while node.parent is not None and references(node.block) == 0:
-            top, node = node, node.parent
+        while node.parent is not None and (node.block == _EVICTED or references(node.block) == 0):
+            top = node if node.block != _EVICTED else None
+            node = node.parent
         doomed = [top] if top is not None else []
         for each in doomed:
             doomed.extend(each.children.values())

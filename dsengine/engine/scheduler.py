@@ -1,0 +1,405 @@
+"""What the next step computes: continuous batching under one token budget, as a simulation without tensors or clocks.
+
+There is no prefill and no decode phase: a request has known tokens and computed tokens, and the difference is what it
+still needs; one token of it is a decode, more are a prompt (or the recomputation after a preemption), done in chunks.
+
+A step is filled in this order:
+
+1. running requests that need one token, so that no decode waits behind a prompt;
+2. running requests that need more, as far as the budget goes;
+3. waiting requests, by priority, within one by `admission_score`; the first that does not fit ends the round, so that
+   nothing small slips past something big for ever. One is passed over if a running request computes the next block
+   of its prefix at this moment: it will find it in the cache soon.
+
+Admission reserves the blocks of all known tokens and keeps clear some room for the output of those that run, so that
+preemption is rare. Where it is needed it takes the least important running request (lowest priority, then youngest),
+which loses its blocks but finds most of its prefix in the cache when it resumes, at the front of the queue. A running
+request never takes blocks from a more important one, and the most important one can take everybody's; as no request
+may grow larger than the pool, it always gets on, and there is neither deadlock nor livelock.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+from operator import attrgetter
+
+from dsengine.engine.batch import ScheduledBatch, ScheduledRequest
+from dsengine.engine.messages import EngineStats, FinishReason
+from dsengine.engine.policy import SchedulerConfig, admission_score
+from dsengine.engine.prefix_sharing import PrefixSharing
+from dsengine.engine.request import Request, RequestStatus
+from dsengine.engine.sequence_state import SequenceState, WaitingQueue
+from dsengine.engine.stopping import StopRule
+from dsengine.memory.block_manager import BlockManager
+from dsengine.memory.radix_cache import RadixCache
+
+__all__ = ["Scheduler", "SchedulerConfig"]
+
+_RANK = attrgetter("rank")
+
+
+class Scheduler:
+    """Decides what each step computes and keeps the books of requests and blocks.
+
+    `schedule` and `commit` alternate; `add`, `abort` and `fail` may come at any time.
+
+    Args:
+        radix_cache: None computes every prompt in full.
+    """
+
+    def __init__(self, config: SchedulerConfig, block_manager: BlockManager, radix_cache: RadixCache | None) -> None:
+        self.config = config
+        self._manager = block_manager
+        self._cache = radix_cache
+        self._sharing = PrefixSharing(block_manager, radix_cache, config.block_size)
+        # A request alone must fit the pool to its end.
+        self.max_tokens_per_request = min(config.context_length, block_manager.num_blocks * config.block_size)
+        self._max_running = min(config.max_running_requests, config.token_budget)
+        self._states: dict[str, SequenceState] = {}
+        self._waiting = WaitingQueue()
+        self._running: list[SequenceState] = []
+        self._preempted: list[Request] = []
+        self._num_added = 0
+        self._num_preemptions = 0
+        self._reserved = 0
+        self._growth = 0
+        self._budget = 0
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._states)
+
+    def add(self, request: Request) -> None:
+        """Queues a new request.
+
+        Raises:
+            ValueError: its prompt is empty or can never fit, or its id is in use.
+        """
+        length, limit = request.num_prompt_tokens, self.max_tokens_per_request
+        if request.request_id in self._states:
+            raise ValueError(f"request id {request.request_id!r} is in use")
+        if length < 1:
+            raise ValueError("the prompt is empty; it needs at least one token")
+        if length > self.config.context_length - 1:
+            raise ValueError(
+                f"the prompt has {length} tokens; the context holds {self.config.context_length}, "
+                "of which one is needed for the output"
+            )
+        if length > limit - 1:
+            raise ValueError(
+                f"the prompt has {length} tokens; the cache holds {limit} ({self._manager.num_blocks} blocks of "
+                f"{self.config.block_size}), of which one is needed for the output"
+            )
+        state = SequenceState(request, self._num_added, StopRule.of(request, limit))
+        self._sharing.track(state)
+        self._num_added += 1
+        request.status = RequestStatus.WAITING
+        self._states[request.request_id] = state
+        self._waiting.append(state)
+
+    def abort(self, request_id: str) -> Request | None:
+        """Ends a request at once; None when there is none of this id, or no longer."""
+        state = self._states.get(request_id)
+        if state is None:
+            return None
+        self._finish(state, "abort", None)
+        return state.request
+
+    def fail(self, request: Request, message: str) -> None:
+        """Ends a request whose numbers went wrong; what it computed leaves the cache, where nobody else uses it."""
+        state = self._states.get(request.request_id)
+        if state is None or state.request is not request:
+            return
+        request.error = message
+        self._finish(state, "error", None)
+        self._sharing.discard(state)
+
+    def flush_cache(self) -> bool:
+        """Forgets all cached prefixes; refused (False) while requests are running."""
+        if self._running:
+            return False
+        if self._cache is not None:
+            self._cache.flush()
+        return True
+
+    def schedule(self, now: float) -> ScheduledBatch:
+        """Chooses the tokens of the next step; empty only if there is no work.
+
+        Args:
+            now: seconds, on the clock of the requests' `arrival_time`.
+        """
+        self._budget = self.config.token_budget
+        self._preempted = []
+        for state in self._running:
+            state.num_scheduled = 0
+        self._schedule_decodes()
+        if self._budget > 0:
+            self._schedule_chunks()
+        if not self._preempted and self._waiting:
+            self._admit(now)
+        batch = []
+        for state in self._running:
+            count = state.num_scheduled
+            if count:
+                start = state.request.num_computed_tokens
+                batch.append(ScheduledRequest(state.request, start, count, start + count == state.num_tokens))
+        return ScheduledBatch(batch, self._preempted)
+
+    def _schedule_decodes(self) -> None:
+        block_size, running = self.config.block_size, self._running
+        i = 0
+        while i < len(running):  # preemption shortens the list, behind i
+            state = running[i]
+            computed = state.request.num_computed_tokens
+            if state.num_tokens - computed == 1 and (
+                computed < len(state.request.block_table) * block_size or self._take_block(state)
+            ):
+                state.num_scheduled = 1
+                self._budget -= 1
+            i += 1
+
+    def _take_block(self, state: SequenceState) -> bool:
+        """One more block for a running request, from less important ones if need be."""
+        while self._manager.num_available < 1:
+            victim = self._running[-1]
+            if victim is state:
+                return False  # it waits, with what it has, for one of the more important ones to finish
+            self._preempt(victim)
+        self._allocate(state, 1)
+        return True
+
+    def _schedule_chunks(self) -> None:
+        running = self._running
+        i = 0
+        while i < len(running) and self._budget > 0:
+            state = running[i]
+            if state.num_scheduled == 0 and state.num_tokens - state.request.num_computed_tokens > 1:
+                self._schedule_chunk(state)
+            i += 1
+
+    def _schedule_chunk(self, state: SequenceState) -> None:
+        config, request = self.config, state.request
+        computed = request.num_computed_tokens
+        count = min(state.num_tokens - computed, self._budget)
+        missing = config.blocks_for(computed + count) - len(request.block_table)
+        while missing > self._manager.num_available and self._running[-1] is not state:
+            self._preempt(self._running[-1])
+        if missing > self._manager.num_available:
+            missing = self._manager.num_available
+            count = (len(request.block_table) + missing) * config.block_size - computed
+        if count > 0:
+            if missing > 0:
+                self._allocate(state, missing)
+            state.num_scheduled = count
+            self._budget -= count
+
+    def _allocate(self, state: SequenceState, num_blocks: int) -> None:
+        state.request.block_table += self._sharing.allocate(num_blocks)
+        owed = min(num_blocks, state.reserved)
+        state.reserved -= owed
+        self._reserved -= owed
+
+    def _admit(self, now: float) -> None:
+        for group in self._waiting.window(self.config.waiting_window):
+            if self._budget == 0:
+                return
+            went_on = self._admit_group(group, now)
+            self._count_overtakes(group)
+            if not went_on:
+                return
+
+    def _admit_group(self, group: Sequence[SequenceState], now: float) -> bool:
+        """Admits requests of one priority; False ends the round."""
+        if len(self._running) >= self._max_running and self._running[-1].request.priority >= group[0].request.priority:
+            return False
+        for state in sorted(group, key=lambda s: (-self._score(s, now), s.arrival)):
+            if self._budget == 0:
+                return False
+            # What was found for the score may have been evicted for a request admitted since.
+            self._sharing.find(state)
+            if not self._must_go(state) and self._sharing.is_in_the_making(state):
+                continue
+            if not self._fits(state) and not self._make_room(state):
+                return False
+            self._start(state)
+        return True
+
+    def _score(self, state: SequenceState, now: float) -> float:
+        cached = self._sharing.find(state) * self.config.block_size / state.num_tokens
+        waited = now - state.request.arrival_time
+        return admission_score(waited, cached, self.config.cache_hit_credit, must_go=self._must_go(state))
+
+    def _must_go(self, state: SequenceState) -> bool:
+        return state.was_admitted_before or state.overtaken >= self.config.max_overtakes
+
+    def _count_overtakes(self, group: Sequence[SequenceState]) -> None:
+        overtakers = 0
+        for state in reversed(group):
+            if state.is_running:
+                overtakers += 1
+            else:
+                state.overtaken += overtakers
+
+    def _fits(self, state: SequenceState) -> bool:
+        """The request can be admitted: a place, its blocks, and room for the output of all."""
+        if not self._running:
+            return True
+        if len(self._running) >= self._max_running:
+            return False
+        needed = self.config.blocks_for(state.num_tokens) + self._growth_of(state)
+        spare = self._manager.num_available - self._reserved - self._growth
+        matched = state.node.depth if state.node is not None else 0
+        if needed <= spare:
+            return True
+        if needed - matched > spare:
+            return False
+        return needed - matched + self._sharing.count_idle(state) <= spare
+
+    def _make_room(self, state: SequenceState) -> bool:
+        """Preempts requests of lower priority, if that helps `state` in."""
+        priority = state.request.priority
+        victims = []
+        for victim in reversed(self._running):
+            if victim.request.priority >= priority:
+                break
+            victims.append(victim)
+        everyone = len(victims) == len(self._running)
+        matched = state.node.depth if state.node is not None else 0
+        needed = self.config.blocks_for(state.num_tokens) + self._growth_of(state) - matched
+        spare = self._manager.num_available - self._reserved - self._growth
+        spare += sum(len(v.request.block_table) + v.reserved + v.growth for v in victims)
+        if not victims or (needed > spare and not everyone):
+            return False
+        for victim in victims:
+            self._preempt(victim)
+            if self._fits(state):
+                return True
+        return False
+
+    def _growth_of(self, state: SequenceState) -> int:
+        config = self.config
+        longest = min(state.num_tokens + config.decode_reserve_tokens, state.stop_rule.max_total_tokens)
+        return max(0, config.blocks_for(longest) - config.blocks_for(state.num_tokens))
+
+    def _start(self, state: SequenceState) -> None:
+        request = state.request
+        self._waiting.remove(state)
+        self._sharing.acquire(state)
+        insort(self._running, state, key=_RANK)
+        state.is_running = True
+        request.status = RequestStatus.RUNNING
+        state.reserved = self.config.blocks_for(state.num_tokens) - len(request.block_table)
+        state.growth = self._growth_of(state)
+        self._reserved += state.reserved
+        self._growth += state.growth
+        self._schedule_chunk(state)
+
+    def _stop_running(self, state: SequenceState) -> None:
+        del self._running[bisect_left(self._running, state.rank, key=_RANK)]
+        state.is_running = False
+        self._reserved -= state.reserved
+        self._growth -= state.growth
+        self._budget += state.num_scheduled
+        state.reserved = state.growth = state.num_scheduled = 0
+        self._sharing.release(state)
+
+    def _preempt(self, state: SequenceState) -> None:
+        request = state.request
+        self._stop_running(state)
+        request.status = RequestStatus.WAITING
+        request.num_computed_tokens = 0
+        request.num_preemptions += 1
+        self._num_preemptions += 1
+        self._sharing.track(state)
+        self._waiting.push_front(state)
+        self._preempted.append(request)
+
+    def _finish(self, state: SequenceState, reason: FinishReason, stop_reason: int | None) -> None:
+        request = state.request
+        if state.is_running:
+            self._stop_running(state)
+        else:
+            self._waiting.remove(state)
+        del self._states[request.request_id]
+        request.status = RequestStatus.FINISHED
+        request.finish_reason = reason
+        request.stop_reason = stop_reason
+
+    def commit(self, batch: ScheduledBatch, sampled: Sequence[int | None]) -> list[Request]:
+        """Enters the results of a step: computed tokens, new tokens, finished requests (which are returned).
+
+        Requests that were aborted or failed since `schedule` are passed over.
+
+        Args:
+            sampled: for each scheduled request its new token, None where it does not sample.
+        """
+        finished = []
+        states, sharing, block_size = self._states, self._sharing, self.config.block_size
+        for item, token in zip(batch.requests, sampled, strict=True):
+            request = item.request
+            state = states.get(request.request_id)
+            if state is None or state.request is not request or state.num_scheduled == 0:
+                continue
+            assert request.num_computed_tokens == item.start, "schedule and commit do not alternate"
+            assert (token is not None) == item.samples, (
+                f"request {request.request_id!r} has a token too many or too few"
+            )
+            state.num_scheduled = 0
+            computed = request.num_computed_tokens = item.start + item.num_tokens
+            if item.num_tokens > 1 or computed % block_size == 0:
+                sharing.publish(state)
+            if token is not None:
+                output = request.output_token_ids
+                output.append(token)
+                state.num_tokens += 1
+                verdict = state.stop_rule.check(token, len(output), state.num_tokens)
+                if verdict is not None:
+                    self._finish(state, *verdict)
+                    finished.append(request)
+        return finished
+
+    def stats(self, num_steps: int = 0) -> EngineStats:
+        """A snapshot; steps are counted by the engine."""
+        lookups = self._cache.stats if self._cache is not None else None
+        return EngineStats(
+            num_running=len(self._running),
+            num_waiting=len(self._waiting),
+            num_blocks=self._manager.num_blocks,
+            num_blocks_in_use=self._manager.num_in_use,
+            num_blocks_cached=self._manager.num_cached,
+            prefix_query_tokens=lookups.query_tokens if lookups is not None else 0,
+            prefix_hit_tokens=lookups.hit_tokens if lookups is not None else 0,
+            num_preemptions=self._num_preemptions,
+            num_steps=num_steps,
+        )
+
+    def check_integrity(self) -> None:
+        """Proves that every block is free, cached or owned, exactly as counted, and every request in one place.
+
+        Raises:
+            AssertionError: something is leaked, lost or counted wrongly.
+        """
+        running, waiting = self._running, list(self._waiting)
+        self._sharing.check_integrity(running)
+        assert {id(s) for s in running + waiting} == {id(s) for s in self._states.values()}, "a request is lost"
+        assert len(running) + len(waiting) == len(self._states) and len(waiting) == len(self._waiting)
+        assert [s.rank for s in running] == sorted(s.rank for s in running), "running requests are out of order"
+        assert self._reserved == sum(s.reserved for s in running) and self._growth == sum(s.growth for s in running)
+        for state in running:
+            request = state.request
+            assert request.status is RequestStatus.RUNNING and state.is_running
+            assert state.num_tokens == request.num_tokens > request.num_computed_tokens
+            assert len(request.block_table) >= self.config.blocks_for(request.num_computed_tokens)
+        for state in waiting:
+            request = state.request
+            assert request.status is RequestStatus.WAITING and not state.is_running
+            assert request.num_computed_tokens == 0 and not request.block_table

@@ -1,0 +1,110 @@
+"""What the scheduler knows about a request beside what the rest of the engine sees of it."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+
+from dsengine.engine.request import Request
+from dsengine.engine.stopping import StopRule
+from dsengine.memory.radix_cache import RadixNode
+
+
+class SequenceState:
+    """The scheduler's side of one request.
+
+    Attributes:
+        arrival: running number of `Scheduler.add`; survives preemption, so that an old request stays old.
+        num_tokens: known tokens, prompt and output (kept here because it is read every step).
+        num_scheduled: tokens of this request in the batch under construction.
+        reserved: blocks that were promised at admission and are not allocated yet.
+        growth: blocks that later admissions keep clear for this request's output.
+        overtaken: how often a younger request of the same priority was admitted first.
+        keys: block keys of the known tokens, as far as they were needed.
+        node: waiting: the longest cached prefix seen last; running: the last computed whole block.
+        pending: entry in the index of prefixes that are being computed.
+    """
+
+    __slots__ = (
+        "arrival",
+        "growth",
+        "is_running",
+        "keys",
+        "node",
+        "num_scheduled",
+        "num_tokens",
+        "overtaken",
+        "pending",
+        "request",
+        "reserved",
+        "stop_rule",
+    )
+
+    def __init__(self, request: Request, arrival: int, stop_rule: StopRule) -> None:
+        self.request = request
+        self.arrival = arrival
+        self.stop_rule = stop_rule
+        self.num_tokens = request.num_tokens
+        self.is_running = False
+        self.num_scheduled = 0
+        self.reserved = 0
+        self.growth = 0
+        self.overtaken = 0
+        self.keys: list[bytes] = []
+        self.node: RadixNode | None = None
+        self.pending: tuple[RadixNode, bytes] | None = None
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """Smaller runs first and is preempted last."""
+        return (-self.request.priority, self.arrival)
+
+    @property
+    def was_admitted_before(self) -> bool:
+        return self.request.num_preemptions > 0
+
+
+class WaitingQueue:
+    """Waiting requests by priority, each priority in the order of arrival with preempted requests in front."""
+
+    def __init__(self) -> None:
+        self._levels: dict[int, OrderedDict[int, SequenceState]] = {}
+        self._size = 0
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __iter__(self) -> Iterator[SequenceState]:
+        for priority in sorted(self._levels, reverse=True):
+            yield from self._levels[priority].values()
+
+    def append(self, state: SequenceState) -> None:
+        self._levels.setdefault(state.request.priority, OrderedDict())[state.arrival] = state
+        self._size += 1
+
+    def push_front(self, state: SequenceState) -> None:
+        self.append(state)
+        self._levels[state.request.priority].move_to_end(state.arrival, last=False)
+
+    def remove(self, state: SequenceState) -> None:
+        level = self._levels[state.request.priority]
+        del level[state.arrival]
+        if not level:
+            del self._levels[state.request.priority]
+        self._size -= 1
+
+    def window(self, limit: int) -> list[list[SequenceState]]:
+        """The first `limit` requests, grouped by priority, most important group first."""
+        groups = []
+        for priority in sorted(self._levels, reverse=True):
+            group = []
+            for state in self._levels[priority].values():
+                if limit == 0:
+                    break
+                group.append(state)
+                limit -= 1
+            if group:
+                groups.append(group)
+            if limit == 0:
+                break
+        return groups
