@@ -29,6 +29,7 @@ from dsengine.engine.messages import EngineStats, FinishReason
 from dsengine.engine.policy import SchedulerConfig, admission_score
 from dsengine.engine.prefix_sharing import PrefixSharing
 from dsengine.engine.request import Request, RequestStatus
+from dsengine.engine.reservations import Reservations
 from dsengine.engine.sequence_state import SequenceState, WaitingQueue
 from dsengine.engine.stopping import StopRule
 from dsengine.memory.block_manager import BlockManager
@@ -53,6 +54,7 @@ class Scheduler:
         self._manager = block_manager
         self._cache = radix_cache
         self._sharing = PrefixSharing(block_manager, radix_cache, config.block_size)
+        self._reservations = Reservations(config, block_manager)
         # A request alone must fit the pool to its end.
         self.max_tokens_per_request = min(config.context_length, block_manager.num_blocks * config.block_size)
         self._max_running = min(config.max_running_requests, config.token_budget)
@@ -62,8 +64,6 @@ class Scheduler:
         self._preempted: list[Request] = []
         self._num_added = 0
         self._num_preemptions = 0
-        self._reserved = 0
-        self._growth = 0
         self._budget = 0
 
     @property
@@ -204,9 +204,7 @@ class Scheduler:
 
     def _allocate(self, state: SequenceState, num_blocks: int) -> None:
         state.request.block_table += self._sharing.allocate(num_blocks)
-        owed = min(num_blocks, state.reserved)
-        state.reserved -= owed
-        self._reserved -= owed
+        self._reservations.draw(state, num_blocks)
 
     def _admit(self, now: float) -> None:
         for group in self._waiting.window(self.config.waiting_window):
@@ -255,9 +253,8 @@ class Scheduler:
             return True
         if len(self._running) >= self._max_running:
             return False
-        needed = self.config.blocks_for(state.num_tokens) + self._growth_of(state)
-        spare = self._manager.num_available - self._reserved - self._growth
-        matched = state.node.depth if state.node is not None else 0
+        needed, spare = self._reservations.needed(state), self._reservations.spare
+        matched = state.num_matched
         if needed <= spare:
             return True
         if needed - matched > spare:
@@ -273,9 +270,8 @@ class Scheduler:
                 break
             victims.append(victim)
         everyone = len(victims) == len(self._running)
-        matched = state.node.depth if state.node is not None else 0
-        needed = self.config.blocks_for(state.num_tokens) + self._growth_of(state) - matched
-        spare = self._manager.num_available - self._reserved - self._growth
+        needed = self._reservations.needed(state) - state.num_matched
+        spare = self._reservations.spare
         spare += sum(len(v.request.block_table) + v.reserved + v.growth for v in victims)
         if not victims or (needed > spare and not everyone):
             return False
@@ -285,11 +281,6 @@ class Scheduler:
                 return True
         return False
 
-    def _growth_of(self, state: SequenceState) -> int:
-        config = self.config
-        longest = min(state.num_tokens + config.decode_reserve_tokens, state.stop_rule.max_total_tokens)
-        return max(0, config.blocks_for(longest) - config.blocks_for(state.num_tokens))
-
     def _start(self, state: SequenceState) -> None:
         request = state.request
         self._waiting.remove(state)
@@ -297,19 +288,15 @@ class Scheduler:
         insort(self._running, state, key=_RANK)
         state.is_running = True
         request.status = RequestStatus.RUNNING
-        state.reserved = self.config.blocks_for(state.num_tokens) - len(request.block_table)
-        state.growth = self._growth_of(state)
-        self._reserved += state.reserved
-        self._growth += state.growth
+        self._reservations.open(state)
         self._schedule_chunk(state)
 
     def _stop_running(self, state: SequenceState) -> None:
         del self._running[bisect_left(self._running, state.rank, key=_RANK)]
         state.is_running = False
-        self._reserved -= state.reserved
-        self._growth -= state.growth
+        self._reservations.close(state)
         self._budget += state.num_scheduled
-        state.reserved = state.growth = state.num_scheduled = 0
+        state.num_scheduled = 0
         self._sharing.release(state)
 
     def _preempt(self, state: SequenceState) -> None:
@@ -393,7 +380,7 @@ class Scheduler:
         assert {id(s) for s in running + waiting} == {id(s) for s in self._states.values()}, "a request is lost"
         assert len(running) + len(waiting) == len(self._states) and len(waiting) == len(self._waiting)
         assert [s.rank for s in running] == sorted(s.rank for s in running), "running requests are out of order"
-        assert self._reserved == sum(s.reserved for s in running) and self._growth == sum(s.growth for s in running)
+        self._reservations.check_integrity(running)
         for state in running:
             request = state.request
             assert request.status is RequestStatus.RUNNING and state.is_running

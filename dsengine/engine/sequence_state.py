@@ -60,6 +60,11 @@ class SequenceState:
         return (-self.request.priority, self.arrival)
 
     @property
+    def num_matched(self) -> int:
+        """Blocks of the cached prefix found last."""
+        return self.node.depth if self.node is not None else 0
+
+    @property
     def was_admitted_before(self) -> bool:
         return self.request.num_preemptions > 0
 
