@@ -49,5 +49,8 @@ def merge_attention(
 MERGE_ATTENTION = Operation(
     "merge_attention",
     merge_attention,
-    (Backend("ref", "dsengine.kernels.merge_attention.ref:merge_attention_ref"),),
+    (
+        Backend("cpu", "dsengine.kernels.merge_attention.cpu:merge_attention_cpu", ("cpu",)),
+        Backend("ref", "dsengine.kernels.merge_attention.ref:merge_attention_ref"),
+    ),
 )

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dsengine.kernels.merge_attention.ref import merge_attention_ref
+from dsengine.kernels.merge_attention.cpu import merge_attention_cpu
 
 SPAN_TOKENS = 4096  # keys gathered at a time, over all pieces of a group: 9 MiB of float32
 PIECE_ROWS = 2048  # (query, head) rows of one piece
@@ -59,7 +59,7 @@ def mla_decode_cpu(
             keys = _gather(kv_cache, block_table, group, start, end)
             visible = _visible(group, mask, start, end)
             part = _attend(query[rows], keys, visible, rank)
-            merged = part if merged is None else merge_attention_ref(*merged, *part)
+            merged = part if merged is None else merge_attention_cpu(*merged, *part)
         if merged is not None:
             out[rows], lse[rows] = merged
     return out.to(q_latent.dtype), lse

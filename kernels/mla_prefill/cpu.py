@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dsengine.kernels.merge_attention.ref import merge_attention_ref
+from dsengine.kernels.merge_attention.cpu import merge_attention_cpu
 
 
 def mla_prefill_cpu(
@@ -55,7 +55,7 @@ def _request(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, causal: bool
     recent = _flash(q, k[earlier:], v[earlier:], softmax_scale, causal=True)
     if earlier == 0:
         return recent
-    return merge_attention_ref(*_flash(q, k[:earlier], v[:earlier], softmax_scale, causal=False), *recent)
+    return merge_attention_cpu(*_flash(q, k[:earlier], v[:earlier], softmax_scale, causal=False), *recent)
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, *, causal: bool) -> tuple[Tensor, Tensor]:

@@ -89,4 +89,11 @@ def mla_prep(
     return backend(q_rope, kv_a, kv_norm_weight, eps, cos_sin, positions, slot_mapping, kv_cache)
 
 
-MLA_PREP = Operation("mla_prep", mla_prep, (Backend("ref", "dsengine.kernels.mla_prep.ref:mla_prep_ref"),))
+MLA_PREP = Operation(
+    "mla_prep",
+    mla_prep,
+    (
+        Backend("cpu", "dsengine.kernels.mla_prep.cpu:mla_prep_cpu", ("cpu",)),
+        Backend("ref", "dsengine.kernels.mla_prep.ref:mla_prep_ref"),
+    ),
+)

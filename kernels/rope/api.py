@@ -48,4 +48,11 @@ def rope(x: Tensor, cos_sin: Tensor, positions: Tensor, *, backend: Rope = rope_
     return backend(x, cos_sin, positions)
 
 
-ROPE = Operation("rope", rope, (Backend("ref", "dsengine.kernels.rope.ref:rope_ref"),))
+ROPE = Operation(
+    "rope",
+    rope,
+    (
+        Backend("cpu", "dsengine.kernels.rope.cpu:rope_cpu", ("cpu",)),
+        Backend("ref", "dsengine.kernels.rope.ref:rope_ref"),
+    ),
+)
