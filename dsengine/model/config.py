@@ -293,16 +293,16 @@ def _check_consistency(config: ModelConfig) -> None:
         (experts % groups == 0, "n_group", groups, f"divide n_routed_experts ({experts})"),
         (config.topk_group <= groups, "topk_group", config.topk_group, f"be at most n_group ({groups})"),
         (
-            config.num_experts_per_tok <= selectable,
-            "num_experts_per_tok",
-            config.num_experts_per_tok,
-            f"be at most the {selectable} experts that the kept groups hold",
-        ),
-        (
             not (config.topk_method == "noaux_tc" and groups > 1) or experts // groups >= 2,
             "n_group",
             groups,
             f"leave at least two of the {experts} experts in each group",
+        ),
+        (
+            config.num_experts_per_tok <= selectable,
+            "num_experts_per_tok",
+            config.num_experts_per_tok,
+            f"be at most the {selectable} experts that the kept groups hold",
         ),
         (
             config.first_k_dense_replace <= config.num_hidden_layers,
