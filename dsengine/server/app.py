@@ -1,0 +1,217 @@
+"""The application: its routes, and what it does with errors."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import platform
+from collections.abc import Awaitable, Callable, Coroutine
+from importlib import metadata
+from typing import Any
+
+import msgspec
+from fastapi import APIRouter, FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from dsengine import __version__
+from dsengine.async_engine import AsyncEngine, EngineDeadError
+from dsengine.config import ServerConfig
+from dsengine.engine.sampling_params import SamplingParams
+from dsengine.server import errors
+from dsengine.server.chat import chat_completions
+from dsengine.server.completions import completions
+from dsengine.server.encoding import InvalidJson, decode_json
+from dsengine.server.front_door import FrontDoor
+from dsengine.server.generation import Job
+from dsengine.server.protocol import ChatCompletionRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from dsengine.server.responses import ClientDisconnected, client_left, json_response, until_disconnect
+from dsengine.server.service import Service, new_id
+
+_CALL_SECONDS = 10.0
+_HEALTH_SECONDS = 30.0
+
+
+class _StrictRequest(Request):
+    async def json(self) -> Any:
+        try:
+            return decode_json(await self.body())
+        except InvalidJson as error:
+            raise errors.invalid(str(error), code="invalid_json") from error
+
+
+class _StrictRoute(APIRoute):
+    """A route whose JSON body is read by our own parser."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handler = super().get_route_handler()
+
+        async def strict(request: Request) -> Response:
+            return await handler(_StrictRequest(request.scope, request.receive))
+
+        return strict
+
+
+def create_app(engine: AsyncEngine, config: ServerConfig) -> App:
+    """The application for an engine that has started."""
+    return App(Service(engine, config))
+
+
+class App:
+    """ASGI application.
+
+    Attributes:
+        service: the state behind the routes.
+        routes: FastAPI's application, inside of key checks and limits.
+    """
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+        self.routes = FastAPI(
+            title="dsengine",
+            version=__version__,
+            docs_url=None,
+            redoc_url=None,
+            redirect_slashes=False,
+        )
+        self.routes.include_router(_generation_routes(service))
+        self.routes.include_router(_text_routes(service))
+        self.routes.include_router(_state_routes(service))
+        self.routes.add_exception_handler(HTTPException, errors.handle_http_exception)
+        self.routes.add_exception_handler(RequestValidationError, errors.handle_validation_error)
+        self.routes.add_exception_handler(ClientDisconnected, client_left)
+        self.routes.add_exception_handler(Exception, errors.handle_unexpected)
+        self.asgi = FrontDoor(
+            self.routes,
+            service.lifecycle,
+            service.metrics,
+            api_key=service.config.api_key,
+            max_body_bytes=service.config.max_body_bytes,
+        )
+
+    def __call__(self, scope: Any, receive: Any, send: Any) -> Awaitable[None]:
+        return self.asgi(scope, receive, send)
+
+
+def _generation_routes(service: Service) -> APIRouter:
+    router = APIRouter(route_class=_StrictRoute)
+
+    @router.post("/v1/chat/completions", response_model=None)
+    async def chat(body: ChatCompletionRequest, request: Request) -> Response:
+        return await chat_completions(service, body, request)
+
+    @router.post("/v1/completions", response_model=None)
+    async def complete(body: CompletionRequest, request: Request) -> Response:
+        return await completions(service, body, request)
+
+    @router.get("/v1/models", response_model=None)
+    async def models() -> Response:
+        return json_response({"object": "list", "data": [_model_card(service)]})
+
+    @router.get("/v1/models/{model:path}", response_model=None)
+    async def model(model: str) -> Response:
+        service.check_model(model)
+        return json_response(_model_card(service))
+
+    return router
+
+
+def _text_routes(service: Service) -> APIRouter:
+    router = APIRouter(route_class=_StrictRoute)
+
+    @router.post("/tokenize", response_model=None)
+    async def tokenize(body: TokenizeRequest) -> Response:
+        service.check_model(body.model)
+        if body.messages is not None:
+            text = await service.render_chat(body, body.messages)
+            tokens = await service.tokenize(text, "messages", add_special_tokens=False)
+        else:
+            text = body.prompt or ""
+            tokens = await service.tokenize(text, "prompt", add_special_tokens=body.add_special_tokens)
+        limit = service.engine.info.context_length
+        return json_response({"tokens": tokens, "count": len(tokens), "max_model_len": limit})
+
+    @router.post("/detokenize", response_model=None)
+    async def detokenize(body: DetokenizeRequest) -> Response:
+        service.check_model(body.model)
+        return json_response({"prompt": service.tokenizer.decode(body.tokens, body.skip_special_tokens)})
+
+    return router
+
+
+def _state_routes(service: Service) -> APIRouter:
+    router = APIRouter(route_class=_StrictRoute)
+
+    @router.get("/health", response_model=None)
+    async def health() -> Response:
+        if not service.engine.is_alive:
+            raise errors.engine_unavailable()
+        if service.lifecycle.draining:
+            raise errors.shutting_down()
+        return json_response({"status": "ok"})
+
+    @router.get("/health_generate", response_model=None)
+    async def health_generate(request: Request) -> Response:
+        await until_disconnect(request, _generate_one_token(service))
+        return json_response({"status": "ok"})
+
+    @router.get("/metrics", response_model=None)
+    async def metrics() -> Response:
+        return Response(service.metrics.render(), media_type=service.metrics.content_type)
+
+    @router.get("/server_info", response_model=None)
+    async def server_info() -> Response:
+        return json_response(await _server_info(service))
+
+    @router.post("/flush_cache", response_model=None)
+    async def flush_cache() -> Response:
+        return json_response(await _call(service, "flush_cache"))
+
+    return router
+
+
+def _model_card(service: Service) -> dict[str, Any]:
+    return {
+        "id": service.model,
+        "object": "model",
+        "created": service.created,
+        "owned_by": "dsengine",
+        "max_model_len": service.engine.info.context_length,
+    }
+
+
+async def _generate_one_token(service: Service) -> None:
+    params = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True)
+    start = service.tokenizer.bos_token_id or 0
+    deltas = service.run([Job(new_id("health"), [start], params, priority=1000)])
+    try:
+        async with asyncio.timeout(_HEALTH_SECONDS), contextlib.aclosing(deltas):
+            async for _ in deltas:
+                pass
+    except TimeoutError as error:
+        raise errors.engine_unavailable() from error
+
+
+async def _server_info(service: Service) -> dict[str, Any]:
+    server_config = dataclasses.asdict(service.config) | {"api_key": "set" if service.config.api_key else None}
+    return {
+        "version": __version__,
+        "python": platform.python_version(),
+        "torch": metadata.version("torch"),
+        "model": service.model,
+        "engine": msgspec.to_builtins(service.engine.info),
+        "engine_config": dataclasses.asdict(service.engine.config),
+        "server_config": server_config,
+        "stats": await _call(service, "stats"),
+    }
+
+
+async def _call(service: Service, name: Any) -> dict[str, object]:
+    try:
+        async with asyncio.timeout(_CALL_SECONDS):
+            return await service.engine.call(name)
+    except (EngineDeadError, TimeoutError) as error:
+        raise errors.engine_unavailable() from error

@@ -1,0 +1,186 @@
+"""/v1/chat/completions: messages in, an answer with its reasoning split off out.
+
+There is one path: chunks, as streaming sends them. The answer that is not streamed is their sum.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import AsyncGenerator, Iterator
+from typing import Any
+
+from fastapi import Request
+from starlette.responses import Response
+
+from dsengine.engine.messages import TokenLogprob
+from dsengine.server.generation import Delta, Job
+from dsengine.server.logprobs import chat_logprobs
+from dsengine.server.protocol import ChatCompletionRequest
+from dsengine.server.reasoning import ReasoningSplitter
+from dsengine.server.responses import EventStream, json_response, until_disconnect
+from dsengine.server.service import Service, new_id
+from dsengine.server.usage import Usage
+from dsengine.tokenizer.chat_template import END_THINK_TOKEN, ends_in_thinking
+
+
+async def chat_completions(service: Service, request: ChatCompletionRequest, http: Request) -> Response:
+    """Answer one request.
+
+    Raises:
+        ApiError: the request cannot be run, or failed.
+    """
+    service.check_model(request.model)
+    prompt = await service.render_chat(request, request.messages)
+    token_ids = await service.tokenize(prompt, "messages", add_special_tokens=False)
+    service.check_prompt(token_ids, "messages")
+    params = service.sampling_params(
+        request,
+        max_tokens=request.token_limit,
+        logprobs=(request.top_logprobs or 0) if request.logprobs else None,
+    )
+    response_id = new_id("chatcmpl")
+    jobs = service.jobs(response_id, [token_ids], params, request)
+    chat = _Chat(service, request, response_id, jobs, thinking=ends_in_thinking(prompt))
+    if request.stream:
+        chunks = chat.chunks(include_usage=request.wants_usage)
+        # The first chunk tells whether the engine took the request: until then an error still has its own status.
+        return EventStream(await until_disconnect(http, anext(chunks)), chunks)
+    return json_response(await until_disconnect(http, chat.complete()))
+
+
+class _Chat:
+    """One request's answer on its way."""
+
+    def __init__(
+        self, service: Service, request: ChatCompletionRequest, response_id: str, jobs: list[Job], *, thinking: bool
+    ) -> None:
+        self._service = service
+        self._jobs = jobs
+        self._thinking = thinking
+        self._choices = [
+            _Choice(i, service, thinking=thinking, logprobs=bool(request.logprobs)) for i in range(len(jobs))
+        ]
+        self._head = {"id": response_id, "created": int(time.time()), "model": service.model}
+        self._usage = Usage([jobs[0].prompt_token_ids], len(jobs))
+
+    async def chunks(self, *, include_usage: bool) -> AsyncGenerator[dict[str, Any], None]:
+        """The chunks of the stream, without the final `[DONE]`."""
+        extra: dict[str, Any] = {"usage": None} if include_usage else {}
+        async with contextlib.aclosing(self._pieces()) as pieces:
+            async for piece in pieces:
+                yield {**self._head, "object": "chat.completion.chunk", "choices": [piece], **extra}
+        if include_usage:
+            usage = self._usage.body()
+            yield {**self._head, "object": "chat.completion.chunk", "choices": [], "usage": usage}
+
+    async def complete(self) -> dict[str, Any]:
+        """The whole answer."""
+        choices = [_Sum(i) for i in range(len(self._jobs))]
+        async with contextlib.aclosing(self._pieces()) as pieces:
+            async for piece in pieces:
+                choices[piece["index"]].add(piece)
+        bodies = [choice.body() for choice in choices]
+        return {**self._head, "object": "chat.completion", "choices": bodies, "usage": self._usage.body()}
+
+    async def _pieces(self) -> AsyncGenerator[dict[str, Any], None]:
+        opened = False
+        async with contextlib.aclosing(self._service.run(self._jobs)) as deltas:
+            async for delta in deltas:
+                if not opened:
+                    opened = True
+                    for choice in self._choices:
+                        yield choice.opening()
+                choice = self._choices[delta.index]
+                for piece in choice.advance(delta):
+                    yield piece
+                self._usage.add(delta)
+        self._usage.reasoning_tokens = sum(choice.reasoning_tokens for choice in self._choices)
+
+
+class _Choice:
+    """One continuation: turns deltas of text into chunks of reasoning and content."""
+
+    def __init__(self, index: int, service: Service, *, thinking: bool, logprobs: bool) -> None:
+        self.reasoning_tokens = 0
+        self._index = index
+        self._tokenizer = service.tokenizer
+        self._thinking = thinking
+        self._splitter = ReasoningSplitter(thinking)
+        self._end_think = service.tokenizer.token_id(END_THINK_TOKEN)
+        self._has_content = False
+        self._logprobs: list[TokenLogprob] | None = [] if logprobs else None
+
+    def opening(self) -> dict[str, Any]:
+        delta: dict[str, Any] = {"role": "assistant", "content": "", "refusal": None}
+        if self._thinking:
+            delta |= {"content": None, "reasoning_content": ""}
+        return self._piece(delta)
+
+    def advance(self, delta: Delta) -> Iterator[dict[str, Any]]:
+        if self._logprobs is not None:
+            self._logprobs.extend(delta.logprobs)
+        was_reasoning = self._splitter.in_reasoning
+        reasoning, content = self._splitter.push(delta.text)
+        if delta.finish_reason is not None:
+            rest = self._splitter.finish()
+            reasoning, content = reasoning + rest[0], content + rest[1]
+        if was_reasoning or reasoning:
+            self._count_reasoning(delta.token_ids)
+        if reasoning:
+            yield self._piece({"reasoning_content": reasoning}, take_logprobs=not content)
+        if content:
+            self._has_content = True
+            yield self._piece({"content": content}, take_logprobs=True)
+        if delta.finish_reason is not None:
+            # Reasoning that was closed has an answer, if an empty one; reasoning that was cut off has none.
+            closed = not self._splitter.in_reasoning and not self._has_content
+            yield self._piece({"content": ""} if closed and self._thinking else {}, take_logprobs=True) | {
+                "finish_reason": delta.finish_reason,
+                "stop_reason": delta.stop_reason,
+            }
+
+    def _count_reasoning(self, token_ids: list[int]) -> None:
+        end = token_ids.index(self._end_think) + 1 if self._end_think in token_ids else len(token_ids)
+        self.reasoning_tokens += end
+
+    def _piece(self, delta: dict[str, Any], *, take_logprobs: bool = False) -> dict[str, Any]:
+        logprobs = None
+        if take_logprobs and self._logprobs:
+            logprobs = chat_logprobs(self._tokenizer, self._logprobs)
+            self._logprobs = []
+        return {"index": self._index, "delta": delta, "logprobs": logprobs, "finish_reason": None}
+
+
+class _Sum:
+    """The sum of one choice's chunks."""
+
+    def __init__(self, index: int) -> None:
+        self._index = index
+        self._texts: dict[str, list[str]] = {}
+        self._logprobs: dict[str, Any] | None = None
+        self._last: dict[str, Any] = {}
+
+    def add(self, piece: dict[str, Any]) -> None:
+        for name in ("content", "reasoning_content"):
+            if (text := piece["delta"].get(name)) is not None:
+                self._texts.setdefault(name, []).append(text)
+        if piece["logprobs"] is not None:
+            if self._logprobs is None:
+                self._logprobs = piece["logprobs"]
+            else:
+                self._logprobs["content"].extend(piece["logprobs"]["content"])
+        self._last = piece
+
+    def body(self) -> dict[str, Any]:
+        texts = {name: "".join(parts) for name, parts in self._texts.items()}
+        message = {"role": "assistant", "content": texts.get("content"), "refusal": None}
+        if "reasoning_content" in texts:
+            message["reasoning_content"] = texts["reasoning_content"]
+        return {
+            "index": self._index,
+            "message": message,
+            "logprobs": self._logprobs,
+            "finish_reason": self._last["finish_reason"],
+            "stop_reason": self._last["stop_reason"],
+        }

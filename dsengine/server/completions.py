@@ -1,0 +1,176 @@
+"""/v1/completions: raw prompts, as text or token ids, continued.
+
+As for chat, there is one path: chunks; the answer that is not streamed is their sum.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from typing import Any
+
+from fastapi import Request
+from starlette.responses import Response
+
+from dsengine.engine.messages import TokenLogprob
+from dsengine.server.errors import invalid
+from dsengine.server.generation import Delta, Job
+from dsengine.server.logprobs import CompletionLogprobs
+from dsengine.server.protocol import CompletionRequest
+from dsengine.server.responses import EventStream, json_response, until_disconnect
+from dsengine.server.service import Service, new_id
+from dsengine.server.usage import Usage
+
+# OpenAI's default for this route.
+_DEFAULT_MAX_TOKENS = 16
+
+
+async def completions(service: Service, request: CompletionRequest, http: Request) -> Response:
+    """Continue the prompts of one request.
+
+    Raises:
+        ApiError: the request cannot be run, or failed.
+    """
+    service.check_model(request.model)
+    prompts = await _token_ids(service, request)
+    asked = _DEFAULT_MAX_TOKENS if request.max_tokens is None else request.max_tokens
+    params = service.sampling_params(
+        request,
+        # The engine always draws a token; where none was asked for, it is dropped again.
+        max_tokens=max(asked, 1),
+        logprobs=request.logprobs,
+        prompt_logprobs=request.logprobs if request.echo else None,
+    )
+    response_id = new_id("cmpl")
+    jobs = service.jobs(response_id, prompts, params, request)
+    completion = _Completion(service, request, response_id, jobs)
+    if request.stream:
+        chunks = completion.chunks(include_usage=request.wants_usage)
+        return EventStream(await until_disconnect(http, anext(chunks)), chunks)
+    return json_response(await until_disconnect(http, completion.complete()))
+
+
+async def _token_ids(service: Service, request: CompletionRequest) -> list[list[int]]:
+    result = []
+    for prompt in request.prompts:
+        if isinstance(prompt, str):
+            if not prompt:
+                raise invalid("The prompt is empty; it needs at least one character.", "prompt")
+            prompt = await service.tokenize(prompt, "prompt", add_special_tokens=True)
+        service.check_prompt(prompt, "prompt")
+        result.append(prompt)
+        await asyncio.sleep(0)  # other requests have their turn between the prompts of a long list
+    return result
+
+
+class _Completion:
+    """One request's continuations on their way."""
+
+    def __init__(self, service: Service, request: CompletionRequest, response_id: str, jobs: list[Job]) -> None:
+        self._service = service
+        self._jobs = jobs
+        n = request.n or 1
+        self._choices = [_Choice(i, service, request, job, request.prompts[i // n]) for i, job in enumerate(jobs)]
+        self._head = {
+            "id": response_id,
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": service.model,
+        }
+        self._usage = Usage([job.prompt_token_ids for job in jobs[::n]], n)
+
+    async def chunks(self, *, include_usage: bool) -> AsyncGenerator[dict[str, Any], None]:
+        """The chunks of the stream, without the final `[DONE]`."""
+        extra: dict[str, Any] = {"usage": None} if include_usage else {}
+        async with contextlib.aclosing(self._pieces()) as pieces:
+            async for piece in pieces:
+                yield {**self._head, "choices": [piece], **extra}
+        if include_usage:
+            yield {**self._head, "choices": [], "usage": self._usage.body()}
+
+    async def complete(self) -> dict[str, Any]:
+        """The whole answer."""
+        sums: list[dict[str, Any]] = [{"index": i, "text": "", "logprobs": None} for i in range(len(self._jobs))]
+        async with contextlib.aclosing(self._pieces()) as pieces:
+            async for piece in pieces:
+                _add(sums[piece["index"]], piece)
+        return {**self._head, "choices": sums, "usage": self._usage.body()}
+
+    async def _pieces(self) -> AsyncGenerator[dict[str, Any], None]:
+        async with contextlib.aclosing(self._service.run(self._jobs)) as deltas:
+            async for delta in deltas:
+                choice = self._choices[delta.index]
+                kept = choice.keep(delta)
+                self._usage.add(kept)
+                for piece in choice.advance(kept):
+                    yield piece
+
+
+class _Choice:
+    """One continuation: turns deltas into chunks."""
+
+    def __init__(
+        self, index: int, service: Service, request: CompletionRequest, job: Job, prompt: str | list[int]
+    ) -> None:
+        self._index = index
+        self._job = job
+        self._echo: str | None = None
+        if request.echo:
+            self._echo = (
+                prompt if isinstance(prompt, str) else service.tokenizer.decode(prompt, job.params.skip_special_tokens)
+            )
+        self._only_echo = request.max_tokens == 0
+        self._logprobs: CompletionLogprobs | None = None
+        if request.logprobs is not None:
+            skip = job.params.skip_special_tokens
+            self._logprobs = CompletionLogprobs(service.tokenizer, skip_special_tokens=skip)
+        self._tokens: list[int] = []
+        self._entries: list[TokenLogprob | None] = []
+
+    def keep(self, delta: Delta) -> Delta:
+        """The delta as the client asked for it: without the one token that nobody wanted."""
+        if self._only_echo:
+            delta.text, delta.token_ids, delta.logprobs, delta.finish_reason = "", [], [], "length"
+        return delta
+
+    def advance(self, delta: Delta) -> Iterator[dict[str, Any]]:
+        text = delta.text
+        if self._echo is not None:
+            text, self._echo = self._echo + text, None
+            if self._logprobs is not None:
+                self._take(self._job.prompt_token_ids, delta.prompt_logprobs or [])
+        if self._logprobs is not None:
+            self._take(delta.token_ids, delta.logprobs)
+        if text or delta.finish_reason is not None:
+            yield {
+                "index": self._index,
+                "text": text,
+                "logprobs": self._give(),
+                "finish_reason": delta.finish_reason,
+                "stop_reason": delta.stop_reason,
+            }
+
+    def _take(self, token_ids: Sequence[int], entries: Sequence[TokenLogprob | None]) -> None:
+        self._tokens.extend(token_ids)
+        self._entries.extend(entries)
+
+    def _give(self) -> dict[str, Any] | None:
+        if self._logprobs is None:
+            return None
+        tokens, self._tokens = self._tokens, []
+        entries, self._entries = self._entries, []
+        return self._logprobs.take(tokens, entries)
+
+
+def _add(total: dict[str, Any], piece: dict[str, Any]) -> None:
+    total["text"] += piece["text"]
+    total["finish_reason"], total["stop_reason"] = piece["finish_reason"], piece["stop_reason"]
+    if piece["logprobs"] is None:
+        return
+    if total["logprobs"] is None:
+        total["logprobs"] = piece["logprobs"]
+        return
+    for name, values in piece["logprobs"].items():
+        total["logprobs"][name].extend(values)

@@ -1,0 +1,188 @@
+"""What every request passes before it reaches a route: key, limits, draining, log and counts.
+
+Plain ASGI, deciding on `scope["path"]` only: frameworks rebuild URLs from the Host header, which a client writes, and
+keys have been bypassed that way.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import json
+import logging
+import re
+import time
+import uuid
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from dsengine.server.errors import ApiError, internal_error, invalid, shutting_down
+from dsengine.server.lifecycle import Lifecycle
+from dsengine.server.metrics import CLIENT_CLOSED_REQUEST, Metrics
+
+access_log = logging.getLogger("dsengine.access")
+logger = logging.getLogger(__name__)
+
+OPEN_PATHS = frozenset({"/health"})
+_WHILE_DRAINING = frozenset({"/health", "/metrics"})
+MAX_HEADERS = 100
+BODY_SECONDS = 30.0
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
+
+
+class FrontDoor:
+    """Outermost application.
+
+    Args:
+        api_key: every path but /health needs it; None needs none.
+        max_body_bytes: larger bodies are refused while they stream in.
+    """
+
+    def __init__(
+        self, app: ASGIApp, lifecycle: Lifecycle, metrics: Metrics, *, api_key: str | None, max_body_bytes: int
+    ) -> None:
+        self._app = app
+        self._lifecycle = lifecycle
+        self._metrics = metrics
+        self._key_digest = None if api_key is None else hashlib.sha256(api_key.encode()).digest()
+        self._max_body_bytes = max_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+            return
+        if scope["type"] != "http":
+            await send({"type": "websocket.close", "code": 1008})
+            return
+        with self._lifecycle.request():
+            exchange = _Exchange(scope, send)
+            try:
+                await self._handle(scope, receive, exchange)
+            finally:
+                self._metrics.response(scope["path"], exchange.status)
+                exchange.log()
+
+    async def _handle(self, scope: Scope, receive: Receive, exchange: _Exchange) -> None:
+        try:
+            self._admit(scope)
+            limited = _LimitedBody(receive, self._max_body_bytes)
+            await self._app(scope, limited.receive, exchange.send)
+        except ApiError as error:
+            await exchange.fail(error, scope, receive)
+        except Exception:
+            logger.exception("an error that no handler expected")
+            await exchange.fail(internal_error(), scope, receive)
+
+    def _admit(self, scope: Scope) -> None:
+        path, headers = scope["path"], scope["headers"]
+        if len(headers) > MAX_HEADERS:
+            raise ApiError(431, f"The request has more than {MAX_HEADERS} header fields.", code="too_many_headers")
+        if path not in OPEN_PATHS:
+            self._authenticate(headers)
+        if self._lifecycle.draining and path not in _WHILE_DRAINING:
+            raise shutting_down()
+        _check_content(headers, self._max_body_bytes)
+
+    def _authenticate(self, headers: list[tuple[bytes, bytes]]) -> None:
+        if self._key_digest is None:
+            return
+        given = [value for name, value in headers if name == b"authorization"]
+        scheme, _, key = given[0].partition(b" ") if len(given) == 1 else (b"", b"", b"")
+        digest = hashlib.sha256(key.strip()).digest()
+        if not (hmac.compare_digest(digest, self._key_digest) and scheme.lower() == b"bearer"):
+            message = "A valid API key is required: send it as 'Authorization: Bearer KEY'."
+            raise ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+
+
+def _check_content(headers: list[tuple[bytes, bytes]], max_body_bytes: int) -> None:
+    fields = dict(headers)
+    length = fields.get(b"content-length", b"0")
+    if not length.isdigit():
+        raise invalid("The Content-Length header is not a number.", code="bad_request")
+    if len(length) > 18 or int(length) > max_body_bytes:
+        raise _body_too_large(max_body_bytes)
+    if fields.get(b"content-encoding", b"identity").lower() != b"identity":
+        raise ApiError(415, "Compressed bodies are not accepted.", code="unsupported_content_encoding")
+    if int(length) > 0 or b"transfer-encoding" in fields:
+        _check_content_type(fields.get(b"content-type", b""))
+
+
+def _check_content_type(value: bytes) -> None:
+    kind, *parameters = (part.strip().lower() for part in value.split(b";"))
+    charset = dict(p.partition(b"=")[::2] for p in parameters).get(b"charset", b"utf-8").strip(b'"')
+    if kind != b"application/json" or charset not in (b"utf-8", b"utf8"):
+        raise ApiError(415, "The body must be sent as application/json in UTF-8.", code="unsupported_media_type")
+
+
+def _body_too_large(limit: int) -> ApiError:
+    message = f"The body is larger than {limit} bytes, which is this server's limit."
+    return ApiError(413, message, code="body_too_large", headers={"Connection": "close"})
+
+
+class _LimitedBody:
+    """Counts the bytes of a body as they arrive, and how long that takes."""
+
+    def __init__(self, receive: Receive, max_bytes: int) -> None:
+        self._receive = receive
+        self._max_bytes = max_bytes
+        self._deadline = time.monotonic() + BODY_SECONDS
+        self._size = 0
+        self._complete = False
+
+    async def receive(self) -> Message:
+        if self._complete:
+            return await self._receive()
+        try:
+            async with asyncio.timeout(max(self._deadline - time.monotonic(), 0.0)):
+                message = await self._receive()
+        except TimeoutError as error:
+            message_text = f"The body did not arrive within {BODY_SECONDS:.0f} seconds."
+            raise ApiError(408, message_text, code="body_timeout", headers={"Connection": "close"}) from error
+        self._size += len(message.get("body", b""))
+        if self._size > self._max_bytes:
+            raise _body_too_large(self._max_bytes)
+        self._complete = not message.get("more_body", False)
+        return message
+
+
+class _Exchange:
+    """One request and what was answered to it."""
+
+    def __init__(self, scope: Scope, send: Send) -> None:
+        self.status: int | None = None
+        self._scope = scope
+        self._send = send
+        self._started = time.monotonic()
+        self._request_id = _request_id(scope)
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            message["headers"] = [*message.get("headers", []), (b"x-request-id", self._request_id)]
+        await self._send(message)
+
+    async def fail(self, error: ApiError, scope: Scope, receive: Receive) -> None:
+        """Answer with an error, unless an answer has begun: then the connection is closed by the server under us."""
+        if self.status is None:
+            await error.response()(scope, receive, self.send)
+
+    def log(self) -> None:
+        # JSON escapes what a client may have put into the path to forge lines of the log.
+        client = self._scope.get("client")
+        entry = {
+            "method": self._scope["method"],
+            "path": self._scope["path"],
+            "status": CLIENT_CLOSED_REQUEST if self.status is None else self.status,
+            "ms": round((time.monotonic() - self._started) * 1000, 1),
+            "request_id": self._request_id.decode(),
+            "client": client[0] if client else None,
+        }
+        access_log.info(json.dumps(entry))
+
+
+def _request_id(scope: Scope) -> bytes:
+    for name, value in scope["headers"]:
+        if name == b"x-request-id" and _REQUEST_ID.fullmatch(value):
+            return bytes(value)
+    return uuid.uuid4().hex.encode()

@@ -1,0 +1,156 @@
+"""What /metrics tells Prometheus. Every label value comes from a closed set: clients cannot create series."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client.registry import Collector
+
+from dsengine.engine.messages import EngineStats
+
+CLIENT_CLOSED_REQUEST = 499
+
+FINISH_REASONS = ("stop", "length", "abort", "error")
+ROUTES = (
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/models",
+    "/health",
+    "/health_generate",
+    "/metrics",
+    "/server_info",
+    "/flush_cache",
+    "/tokenize",
+    "/detokenize",
+)
+STATUSES = ("2xx", "4xx", "5xx", "disconnected")
+
+_FIRST_TOKEN_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+_TOKEN_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 2)
+_REQUEST_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+
+
+class Metrics:
+    """Counters of one server. `stats` gives the engine's latest report."""
+
+    content_type = CONTENT_TYPE_LATEST
+
+    def __init__(self, stats: Callable[[], EngineStats], clock: Callable[[], float]) -> None:
+        self._registry = registry = CollectorRegistry()
+        self._clock = clock
+        registry.register(_EngineCollector(stats))
+        self._prompt_tokens = Counter(
+            "dsengine_prompt_tokens", "Prompt tokens of sequences that began to run.", registry=registry
+        )
+        self._cached_tokens = Counter(
+            "dsengine_cached_tokens", "Prompt tokens found in the prefix cache.", registry=registry
+        )
+        self._generation_tokens = Counter("dsengine_generation_tokens", "Tokens generated.", registry=registry)
+        self._first_token = Histogram(
+            "dsengine_time_to_first_token_seconds",
+            "From the request's admission to its first token.",
+            buckets=_FIRST_TOKEN_BUCKETS,
+            registry=registry,
+        )
+        self._inter_token = Histogram(
+            "dsengine_inter_token_latency_seconds",
+            "Between one token and the next of a sequence.",
+            buckets=_TOKEN_BUCKETS,
+            registry=registry,
+        )
+        self._end_to_end = Histogram(
+            "dsengine_e2e_request_latency_seconds",
+            "From the request's admission to its last token.",
+            buckets=_REQUEST_BUCKETS,
+            registry=registry,
+        )
+        self._finished = Counter(
+            "dsengine_sequences", "Sequences that ended, by reason.", ["finish_reason"], registry=registry
+        )
+        self._responses = Counter("dsengine_http_responses", "HTTP responses.", ["route", "status"], registry=registry)
+        self._in_flight = Gauge("dsengine_http_requests_in_flight", "HTTP requests being handled.", registry=registry)
+        for reason in FINISH_REASONS:
+            self._finished.labels(reason)
+        for route in (*ROUTES, "other"):
+            for status in STATUSES:
+                self._responses.labels(route, status)
+
+    def render(self) -> bytes:
+        """The exposition text of all metrics."""
+        return generate_latest(self._registry)
+
+    def sequence(self, num_prompt_tokens: int) -> SequenceTimer:
+        return SequenceTimer(self, num_prompt_tokens, self._clock())
+
+    def response(self, path: str, status: int | None) -> None:
+        """Count one response; `status` is None when the client had gone before there was one."""
+        if path.startswith("/v1/models"):
+            path = "/v1/models"
+        gone = status in (None, CLIENT_CLOSED_REQUEST)
+        label = "disconnected" if gone else f"{status or 500}"[0] + "xx"
+        self._responses.labels(path if path in ROUTES else "other", label).inc()
+
+    def set_in_flight(self, count: int) -> None:
+        self._in_flight.set(count)
+
+
+class SequenceTimer:
+    """Observes one sequence from admission to end."""
+
+    def __init__(self, metrics: Metrics, num_prompt_tokens: int, now: float) -> None:
+        self._metrics = metrics
+        self._num_prompt_tokens = num_prompt_tokens
+        self._started = now
+        self._last: float | None = None
+
+    def tokens(self, count: int, cached_tokens: int, now: float) -> None:
+        """`count` tokens have arrived together at `now`; latency is shared out evenly among them."""
+        if count == 0:
+            return
+        metrics = self._metrics
+        metrics._generation_tokens.inc(count)
+        if self._last is None:
+            metrics._first_token.observe(now - self._started)
+            metrics._prompt_tokens.inc(self._num_prompt_tokens)
+            metrics._cached_tokens.inc(cached_tokens)
+        else:
+            for _ in range(count):
+                metrics._inter_token.observe((now - self._last) / count)
+        self._last = now
+
+    def finish(self, reason: str, now: float) -> None:
+        self._metrics._finished.labels(reason if reason in FINISH_REASONS else "error").inc()
+        if reason in ("stop", "length"):
+            self._metrics._end_to_end.observe(now - self._started)
+
+
+class _EngineCollector(Collector):
+    """Reads the engine's report when Prometheus asks."""
+
+    def __init__(self, stats: Callable[[], EngineStats]) -> None:
+        self._stats = stats
+
+    def collect(self) -> Iterator[Metric]:
+        stats = self._stats()
+        gauges = {
+            "dsengine_num_requests_running": ("Sequences being computed.", stats.num_running),
+            "dsengine_num_requests_waiting": ("Sequences waiting for admission.", stats.num_waiting),
+            "dsengine_kv_cache_blocks": ("Blocks of the KV cache.", stats.num_blocks),
+            "dsengine_kv_cache_blocks_in_use": ("Blocks owned by running sequences.", stats.num_blocks_in_use),
+            "dsengine_kv_cache_blocks_cached": ("Blocks kept for reuse of prefixes.", stats.num_blocks_cached),
+            "dsengine_kv_cache_usage_ratio": (
+                "Share of the blocks owned by running sequences.",
+                stats.num_blocks_in_use / max(stats.num_blocks, 1),
+            ),
+            "dsengine_prefix_cache_hit_ratio": (
+                "Share of prompt tokens found in the prefix cache.",
+                stats.prefix_hit_tokens / max(stats.prefix_query_tokens, 1),
+            ),
+        }
+        for name, (text, value) in gauges.items():
+            yield GaugeMetricFamily(name, text, value=value)
+        yield CounterMetricFamily("dsengine_preemptions", "Preempted sequences.", value=stats.num_preemptions)
+        yield CounterMetricFamily("dsengine_engine_steps", "Steps of the engine.", value=stats.num_steps)

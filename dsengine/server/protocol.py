@@ -1,0 +1,306 @@
+"""The requests of the API, with their bounds.
+
+Strict: a string is no number, `true` is no integer, an unknown field is an error that names it. Fields of OpenAI's API
+that would change the answer but are not supported are refused with a message that says so; fields that cannot change it
+(`user`, `metadata`, `store` …) are accepted and ignored. Every bound is closed, so that no request can ask for
+unbounded work.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from dsengine.engine.sampling_params import MAX_TOP_LOGPROBS
+
+MAX_MESSAGES = 4096
+MAX_PARTS = 1024
+MAX_PROMPTS = 256
+MAX_STOP_STRINGS = 16
+MAX_STOP_CHARS = 256
+MAX_STOP_TOKEN_IDS = 128
+MAX_LOGIT_BIAS = 1024
+MAX_INT = 2**31 - 1
+
+
+def _integral_float_to_int(value: Any) -> Any:
+    # JSON has one kind of number: 1.0 is an integer there.
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def unsupported(name: str, hint: str = "") -> PydanticCustomError:
+    return PydanticCustomError("unsupported", f"{name} is not supported by this server{hint}")
+
+
+Int = Annotated[int, BeforeValidator(_integral_float_to_int)]
+TokenId = Annotated[int, Field(ge=0, le=MAX_INT)]
+TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
+Prompt = Annotated[TokenIds, Field(min_length=1)]
+StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
+ModelName = Annotated[str, Field(min_length=1, max_length=256)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", protected_namespaces=())
+
+
+class StreamOptions(_Strict):
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None
+
+
+class _Sampling(_Strict):
+    """What both generating routes share. None means: as the checkpoint recommends, else the engine's default."""
+
+    model: ModelName
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: Annotated[Int, Field(ge=1, le=128)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[Int, Field(ge=-1, le=MAX_INT)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
+    logit_bias: (
+        Annotated[
+            dict[Annotated[str, Field(pattern=r"^[0-9]{1,10}$")], Annotated[float, Field(ge=-100, le=100)]],
+            Field(max_length=MAX_LOGIT_BIAS),
+        ]
+        | None
+    ) = None
+    seed: Annotated[Int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
+    stop: (
+        Annotated[str, Field(max_length=MAX_STOP_CHARS)]
+        | Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS, fail_fast=True)]
+        | None
+    ) = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKEN_IDS, fail_fast=True)] | None = None
+    min_tokens: Annotated[Int, Field(ge=0, le=MAX_INT)] | None = None
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    priority: Annotated[Int, Field(ge=-1000, le=1000)] | None = None
+    cache_salt: Annotated[str, Field(max_length=256)] | None = None
+    user: Annotated[str, Field(max_length=1024)] | None = None
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        if isinstance(self.stop, str):
+            return (self.stop,) if self.stop else ()
+        return tuple(self.stop or ())
+
+    @property
+    def wants_usage(self) -> bool:
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    @model_validator(mode="after")
+    def _check_stream_options(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise PydanticCustomError("value_error", "stream_options may be set only together with stream: true")
+        return self
+
+
+class ContentPart(BaseModel):
+    """One part of a message's content; text is the only kind this server reads."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+    type: str
+    text: str | None = None
+
+    @model_validator(mode="after")
+    def _text_only(self) -> Self:
+        if self.type != "text":
+            raise PydanticCustomError("unsupported", "content of this type is not supported: the model reads text only")
+        if self.text is None:
+            raise PydanticCustomError("missing", "a content part of type text needs a text")
+        return self
+
+
+class ChatMessage(_Strict):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | Annotated[list[ContentPart], Field(max_length=MAX_PARTS, fail_fast=True)] | None = None
+    name: Annotated[str, Field(max_length=256)] | None = None
+    reasoning_content: str | None = None
+    refusal: str | None = None
+    annotations: list[Any] | None = None
+    audio: Any = None
+    function_call: Any = None
+    tool_calls: list[Any] | None = None
+
+    @property
+    def text(self) -> str:
+        if isinstance(self.content, list):
+            return "".join(part.text or "" for part in self.content)
+        return self.content or ""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_tool_role(cls, value: Any) -> Any:
+        if isinstance(value, dict) and value.get("role") in ("tool", "function"):
+            raise unsupported("the role tool")
+        return value
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for name in ("audio", "function_call", "tool_calls"):
+            if getattr(self, name):
+                raise unsupported(name)
+        if self.content is None and self.role != "assistant":
+            raise PydanticCustomError("missing", "content is required for messages of this role")
+        return self
+
+
+class TemplateOptions(_Strict):
+    """The switches of a chat template that a client may set."""
+
+    thinking: bool | None = None
+    enable_thinking: bool | None = None
+
+
+class ThinkingOption(_Strict):
+    type: Literal["enabled", "disabled"]
+
+
+class _ChatInput(_Strict):
+    """A conversation and the switches of its rendering."""
+
+    chat_template_kwargs: TemplateOptions | None = None
+    thinking: ThinkingOption | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+
+    @property
+    def thinking_switch(self) -> bool | None:
+        """What the request says about thinking, in whichever spelling; None if nothing."""
+        return next(iter(self._thinking_wishes().values()), None)
+
+    def _thinking_wishes(self) -> dict[str, bool]:
+        options = self.chat_template_kwargs or TemplateOptions()
+        wishes = {
+            "chat_template_kwargs.thinking": options.thinking,
+            "chat_template_kwargs.enable_thinking": options.enable_thinking,
+            "thinking": None if self.thinking is None else self.thinking.type == "enabled",
+            "reasoning_effort": None if self.reasoning_effort is None else self.reasoning_effort != "none",
+        }
+        return {name: wish for name, wish in wishes.items() if wish is not None}
+
+    @model_validator(mode="after")
+    def _check_thinking(self) -> Self:
+        wishes = self._thinking_wishes()
+        if len(set(wishes.values())) > 1:
+            raise PydanticCustomError("value_error", f"{' and '.join(wishes)} contradict each other")
+        return self
+
+
+class ChatCompletionRequest(_Sampling, _ChatInput):
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+    max_tokens: Annotated[Int, Field(ge=1, le=MAX_INT)] | None = None
+    max_completion_tokens: Annotated[Int, Field(ge=1, le=MAX_INT)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[Int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+
+    # Accepted and ignored: they change nothing about the answer.
+    store: bool | None = None
+    metadata: dict[str, Any] | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+    service_tier: str | None = None
+    parallel_tool_calls: bool | None = None
+
+    # Known, and refused where they would change the answer.
+    tools: list[Any] | None = None
+    tool_choice: Any = None
+    functions: list[Any] | None = None
+    function_call: Any = None
+    response_format: dict[str, Any] | None = None
+    modalities: list[str] | None = None
+    audio: Any = None
+    prediction: Any = None
+    web_search_options: Any = None
+    verbosity: str | None = None
+
+    @model_validator(mode="after")
+    def _refuse_unsupported(self) -> Self:
+        for name in ("tools", "functions", "audio", "prediction", "web_search_options", "verbosity"):
+            if getattr(self, name):
+                raise unsupported(name)
+        for name in ("tool_choice", "function_call"):
+            if getattr(self, name) not in (None, "none", "auto"):
+                raise unsupported(name)
+        if self.response_format is not None and self.response_format.get("type") != "text":
+            raise unsupported("response_format", " except for type text")
+        if self.modalities not in (None, ["text"]):
+            raise unsupported("modalities", " except for text")
+        return self
+
+    @model_validator(mode="after")
+    def _check_pairs(self) -> Self:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise PydanticCustomError("value_error", "top_logprobs may be set only together with logprobs: true")
+        both = (self.max_tokens, self.max_completion_tokens)
+        if None not in both and both[0] != both[1]:
+            raise PydanticCustomError("value_error", "max_tokens and max_completion_tokens contradict each other")
+        return self
+
+    @property
+    def token_limit(self) -> int | None:
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+
+class CompletionRequest(_Sampling):
+    prompt: (
+        str
+        | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
+        | Prompt
+        | Annotated[list[Prompt], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
+    )
+    max_tokens: Annotated[Int, Field(ge=0, le=MAX_INT)] | None = None
+    logprobs: Annotated[Int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    echo: bool | None = None
+    best_of: Annotated[Int, Field(ge=1, le=128)] | None = None
+    suffix: str | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.suffix:
+            raise unsupported("suffix")
+        if self.best_of is not None and self.best_of != (self.n or 1):
+            raise unsupported("best_of", " except when it equals n")
+        if self.max_tokens == 0 and not self.echo:
+            raise PydanticCustomError("value_error", "max_tokens may be 0 only together with echo: true")
+        return self
+
+    @property
+    def prompts(self) -> list[str] | list[list[int]]:
+        """The prompts as a list of texts or a list of token-id lists."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if isinstance(self.prompt[0], int):
+            return [self.prompt]
+        return self.prompt
+
+
+class TokenizeRequest(_ChatInput):
+    """Text, or a conversation to be rendered first."""
+
+    model: ModelName | None = None
+    prompt: str | None = None
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)] | None = None
+    add_special_tokens: bool = True
+    add_generation_prompt: bool = True
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.prompt is None) == (self.messages is None):
+            raise PydanticCustomError("value_error", "give either prompt or messages")
+        return self
+
+
+class DetokenizeRequest(_Strict):
+    model: ModelName | None = None
+    tokens: Annotated[TokenIds, Field(max_length=1_000_000)]
+    skip_special_tokens: bool = False

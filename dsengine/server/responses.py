@@ -1,0 +1,117 @@
+"""Sending answers: as one JSON document, or as server-sent events, to a client that may leave at any time."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, Awaitable
+from typing import Any, TypeVar
+
+from fastapi import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from dsengine.server.encoding import encode_json
+from dsengine.server.errors import ApiError
+from dsengine.server.metrics import CLIENT_CLOSED_REQUEST
+
+T = TypeVar("T")
+
+# A client that reads nothing for this long is given up, so that its text need not be kept.
+STALL_SECONDS = 60.0
+
+Events = AsyncGenerator[dict[str, Any], None]
+
+
+def json_response(body: Any, status: int = 200) -> Response:
+    return Response(encode_json(body), status, media_type="application/json")
+
+
+class ClientDisconnected(Exception):
+    """The client left before its answer was complete."""
+
+
+async def until_disconnect(request: Request, work: Awaitable[T]) -> T:
+    """Result of `work`, which is cancelled as soon as the client leaves.
+
+    Raises:
+        ClientDisconnected: it has left.
+    """
+    task = asyncio.create_task(_completed(work))
+    watch = asyncio.create_task(_disconnected(request.receive))
+    try:
+        await asyncio.wait((task, watch), return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise ClientDisconnected
+    finally:
+        await _cancel(task, watch)
+
+
+async def client_left(_: Request, error: Exception) -> Response:
+    """Nobody reads this; it tells the log and the counters."""
+    return Response(status_code=CLIENT_CLOSED_REQUEST)
+
+
+async def _completed(work: Awaitable[T]) -> T:
+    return await work
+
+
+class EventStream(Response):
+    """Server-sent events, as OpenAI sends them: one JSON document per event, `[DONE]` after the last.
+
+    An `ApiError` in the middle becomes an event with an `error` object, after which the stream ends without `[DONE]`.
+    When the client leaves, or reads nothing for a minute, the events are closed.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, first: dict[str, Any], rest: Events) -> None:
+        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        # Its length is not known: an empty body's Content-Length would be wrong.
+        del self.headers["content-length"]
+        self._first = first
+        self._rest = rest
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        sender = asyncio.create_task(self._send_all(send))
+        watch = asyncio.create_task(_disconnected(receive))
+        try:
+            await asyncio.wait((sender, watch), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            await _cancel(sender, watch)
+            await self._rest.aclose()
+        if not sender.cancelled() and (error := sender.exception()) is not None:
+            raise error
+
+    async def _send_all(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        with contextlib.suppress(TimeoutError):
+            await _send_body(send, _event(self._first))
+            try:
+                async for event in self._rest:
+                    await _send_body(send, _event(event))
+            except ApiError as error:
+                await _send_body(send, _event(error.body()), last=True)
+            else:
+                await _send_body(send, b"data: [DONE]\n\n", last=True)
+
+
+async def _send_body(send: Send, data: bytes, *, last: bool = False) -> None:
+    async with asyncio.timeout(STALL_SECONDS):
+        await send({"type": "http.response.body", "body": data, "more_body": not last})
+
+
+def _event(body: dict[str, Any]) -> bytes:
+    return b"data: " + encode_json(body) + b"\n\n"
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _cancel(*tasks: asyncio.Task[Any]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

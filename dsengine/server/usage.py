@@ -1,0 +1,34 @@
+"""The token counts of a response."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from dsengine.server.generation import Delta
+
+
+class Usage:
+    """Counts for prompts with `n` continuations each; a prompt counts once, whatever its `n`."""
+
+    def __init__(self, prompts: Sequence[Sequence[int]], n: int) -> None:
+        self.reasoning_tokens = 0
+        self._n = n
+        self._prompt_tokens = sum(len(prompt) for prompt in prompts)
+        self._completion_tokens = 0
+        self._cached: dict[int, int] = {}
+
+    def add(self, delta: Delta) -> None:
+        self._completion_tokens += len(delta.token_ids)
+        # A prompt's further continuations find the first one's blocks, which says nothing about the client's caching.
+        if delta.index % self._n == 0:
+            self._cached[delta.index] = max(self._cached.get(delta.index, 0), delta.cached_tokens)
+
+    def body(self) -> dict[str, Any]:
+        return {
+            "prompt_tokens": self._prompt_tokens,
+            "completion_tokens": self._completion_tokens,
+            "total_tokens": self._prompt_tokens + self._completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": sum(self._cached.values())},
+            "completion_tokens_details": {"reasoning_tokens": self.reasoning_tokens},
+        }
