@@ -1,0 +1,182 @@
+"""A model and a KV cache made of hashes, to run the scheduler against.
+
+Every slot of the simulated cache records the salted history of the token whose latent a real cache would hold there.
+Before a request's new tokens are computed, its whole block table is read back and compared with its own history, and
+the next token is a function of what was read: a block shared, evicted or overwritten wrongly cannot stay unseen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from dsengine.engine.batch import ScheduledBatch
+from dsengine.engine.messages import FinishReason
+from dsengine.engine.request import Request
+from dsengine.engine.sampling_params import SamplingParams
+from dsengine.engine.scheduler import Scheduler, SchedulerConfig
+from dsengine.memory.block_manager import BlockManager
+from dsengine.memory.radix_cache import RadixCache
+
+EMPTY = 0
+
+
+def extend_history(history: int, token: int) -> int:
+    """History after one more token; 61 bits, so that equal values mean equal histories."""
+    return hash((history, token)) or 1
+
+
+def first_history(salt: str) -> int:
+    return 1 + sum(ord(c) * 257**i for i, c in enumerate(salt))
+
+
+def next_token(history: int, vocab_size: int) -> int:
+    return (history >> 7) % vocab_size
+
+
+@dataclass
+class Expected:
+    """What a request yields when it runs alone, in one piece."""
+
+    output: list[int] = field(default_factory=list)
+    finish_reason: FinishReason = "length"
+    stop_reason: int | None = None
+
+
+def run_alone(request: Request, vocab_size: int, limit: int) -> Expected:
+    """Token after token, without batches, blocks or caches; `limit` bounds prompt + output."""
+    params = request.params
+    expected = Expected()
+    history = first_history(request.cache_salt)
+    for token in request.prompt_token_ids:
+        history = extend_history(history, token)
+    while True:
+        token = next_token(history, vocab_size)
+        expected.output.append(token)
+        count = len(expected.output)
+        if count >= params.min_tokens:
+            if token in params.stop_token_ids:
+                expected.finish_reason, expected.stop_reason = "stop", token
+                return expected
+            if token in request.eos_token_ids and not params.ignore_eos:
+                expected.finish_reason = "stop"
+                return expected
+        if count == params.max_tokens or request.num_prompt_tokens + count >= limit:
+            return expected
+        history = extend_history(history, token)
+
+
+class Simulation:
+    """Scheduler, block manager, prefix cache and simulated model, driven step by step with all checks on."""
+
+    def __init__(
+        self, config: SchedulerConfig, num_blocks: int, *, use_cache: bool = True, vocab_size: int = 50
+    ) -> None:
+        self.config = config
+        self.vocab_size = vocab_size
+        self.manager = BlockManager(num_blocks)
+        self.cache = RadixCache(self.manager, config.block_size) if use_cache else None
+        self.scheduler = Scheduler(config, self.manager, self.cache)
+        self.slots = [EMPTY] * (num_blocks * config.block_size)
+        self.finished: list[Request] = []
+        self.num_steps = 0
+        self.num_computed = 0
+        self._histories: dict[Request, list[int]] = {}
+
+    @property
+    def limit(self) -> int:
+        return self.scheduler.max_tokens_per_request
+
+    def add(
+        self, request_id: str, prompt: Sequence[int], max_tokens: int | None = 4, *, priority: int = 0, salt: str = "",
+        arrival_time: float = 0.0, params: SamplingParams | None = None, eos: frozenset[int] = frozenset(),
+    ) -> Request:  # fmt: skip
+        request = Request(
+            request_id, list(prompt), params or SamplingParams(max_tokens=max_tokens), priority, arrival_time, salt, eos
+        )
+        self.scheduler.add(request)
+        return request
+
+    def step(self, now: float | None = None) -> ScheduledBatch:
+        """One step: schedule, read, compute, write, commit; returns what was scheduled."""
+        batch = self.scheduler.schedule(float(self.num_steps) if now is None else now)
+        self.scheduler.check_integrity()
+        self.check_limits(batch)
+        sampled = self.compute(batch)
+        self.commit(batch, sampled)
+        return batch
+
+    def commit(self, batch: ScheduledBatch, sampled: Sequence[int | None]) -> None:
+        self.finished += self.scheduler.commit(batch, sampled)
+        self.num_steps += 1
+        self.scheduler.check_integrity()
+
+    def run(self, max_steps: int = 10_000) -> None:
+        for _ in range(max_steps):
+            if not self.scheduler.has_work:
+                return
+            self.step()
+        raise AssertionError(f"there is still work after {max_steps} steps")
+
+    def compute(self, batch: ScheduledBatch) -> list[int | None]:
+        size, slots = self.config.block_size, self.slots
+        for item in batch.requests:  # all reads come before all writes: a chunk may not rely on its own batch
+            history, table = self._history(item.request), item.request.block_table
+            for position in range(item.start):
+                held = slots[table[position // size] * size + position % size]
+                assert held == history[position], f"{item.request.request_id} reads a stranger at {position}"
+        written: set[int] = set()
+        for item in batch.requests:
+            history, table = self._history(item.request), item.request.block_table
+            for position in range(item.start, item.start + item.num_tokens):
+                block = table[position // size]
+                assert self.manager.references(block) == 1 and not self.manager.is_cached(block), (
+                    "writes a shared block"
+                )
+                slot = block * size + position % size
+                assert slot not in written, "two requests write one slot"
+                written.add(slot)
+                slots[slot] = history[position]
+            self.num_computed += item.num_tokens
+        return [self._sample(item.request) if item.samples else None for item in batch.requests]
+
+    def _sample(self, request: Request) -> int:
+        size, last = self.config.block_size, request.num_tokens - 1
+        return next_token(self.slots[request.block_table[last // size] * size + last % size], self.vocab_size)
+
+    def _history(self, request: Request) -> list[int]:
+        history = self._histories.setdefault(request, [])
+        for token in request.token_ids(len(history), request.num_tokens):
+            history.append(extend_history(history[-1] if history else first_history(request.cache_salt), token))
+        return history
+
+    def check_limits(self, batch: ScheduledBatch) -> None:
+        """What every batch must obey, whatever the load."""
+        scheduler, scheduled = self.scheduler, {item.request for item in batch.requests}
+        running = [state.request for state in scheduler._running]
+        assert len(scheduled) == len(batch.requests), "a request is scheduled twice"
+        assert scheduled <= set(running) and scheduled.isdisjoint(batch.preempted)
+        assert len(running) <= self.config.max_running_requests
+        assert batch.num_tokens <= self.config.token_budget
+        assert all(item.num_tokens > 0 for item in batch.requests)
+        assert not scheduler.has_work or (running and running[0] in scheduled), (
+            "the most important request stands still"
+        )
+        for request in running:
+            if request.num_tokens - request.num_computed_tokens == 1 and request not in scheduled:
+                assert self.manager.num_available == 0, f"{request.request_id} is a decode and starved"
+        for item in batch.requests:
+            assert item.start == item.request.num_computed_tokens
+            assert item.samples == (item.start + item.num_tokens == item.request.num_tokens)
+            assert len(item.request.block_table) * self.config.block_size >= item.start + item.num_tokens
+
+    def check_empty(self) -> None:
+        """Nothing is left behind: no request, no used block, and after a flush no cached one."""
+        scheduler = self.scheduler
+        assert not scheduler.has_work and scheduler.num_running == scheduler.num_waiting == 0
+        assert self.manager.num_in_use == 0
+        assert scheduler._reservations.spare == self.manager.num_blocks
+        scheduler.check_integrity()
+        assert scheduler.flush_cache()
+        assert self.manager.num_free == self.manager.num_blocks and self.manager.num_cached == 0
+        scheduler.check_integrity()
