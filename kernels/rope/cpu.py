@@ -18,5 +18,7 @@ def rotations(cos_sin: Tensor, positions: Tensor) -> Tensor:
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
     """x [T, H, dr] turned by `rotation`, in x's dtype and contiguous."""
-    pairs = torch.view_as_complex(torch.unflatten(x.float(), -1, (-1, 2)))
-    return torch.view_as_real(pairs * rotation).flatten(-2).to(x.dtype)
+    # Always a copy: a complex view also needs even strides and offsets, which a slice of a projection need not have.
+    value = x.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    torch.view_as_complex(torch.unflatten(value, -1, (-1, 2))).mul_(rotation)
+    return value.to(x.dtype)
