@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from dsengine.engine.batch import ScheduledBatch, ScheduledRequest
@@ -17,6 +18,7 @@ from dsengine.engine.model_runner import LogitsRows, ModelRunner
 from dsengine.engine.request import Request
 from dsengine.engine.sampler import SampledToken, Sampler
 from dsengine.engine.scheduler import Scheduler
+from dsengine.model.deepseek import DeepseekModel
 
 NUMERICAL_ERROR = "the model's output for this request is not a finite number"
 
@@ -45,6 +47,10 @@ class EngineCore:
         self._eos_token_ids = eos_token_ids
         self._seeds = random.Random(seed)
         self._num_steps = 0
+
+    @property
+    def model(self) -> DeepseekModel:
+        return self._runner.model
 
     @property
     def has_work(self) -> bool:
@@ -78,14 +84,18 @@ class EngineCore:
 
     def step(self, now: float) -> StepOutput:
         """Compute the next tokens of whatever is scheduled."""
+        with torch.inference_mode():
+            return self._step(now)
+
+    def _step(self, now: float) -> StepOutput:
         batch = self._scheduler.schedule(now)
         updates: list[RequestUpdate] = []
         if not batch.is_empty:
             self._num_steps += 1
-            updates = self._run(batch, now)
+            updates = self._run(batch)
         return StepOutput(updates, self.stats())
 
-    def _run(self, batch: ScheduledBatch, now: float) -> list[RequestUpdate]:
+    def _run(self, batch: ScheduledBatch) -> list[RequestUpdate]:
         logits, rows = self._runner.run(batch)
         self._score_prompts(logits, rows)
         sampled = self._sample(logits, rows)
@@ -94,7 +104,7 @@ class EngineCore:
             self._scheduler.fail(request, NUMERICAL_ERROR)
         alive = ScheduledBatch([s for s in batch.requests if s.request not in failed], batch.preempted)
         tokens = [sampled[s].token_id if s in sampled else None for s in alive.requests]
-        self._scheduler.commit(alive, tokens, now)
+        self._scheduler.commit(alive, tokens)
         return [_update_of(s.request, sampled[s]) for s in batch.requests if s in sampled]
 
     def _sample(self, logits: Tensor, rows: Sequence[LogitsRows]) -> dict[ScheduledRequest, SampledToken]:

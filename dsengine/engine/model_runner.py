@@ -53,11 +53,9 @@ class ModelRunner:
         """
         ordered = sorted(batch.requests, key=lambda s: not runs_absorbed(s.num_tokens, s.start))
         rows, logits_indices = _plan_logits(ordered)
-        with torch.inference_mode():
-            forward_batch = build_forward_batch(ordered, logits_indices, self.pool.block_size, self.device)
-            hidden = self.model.forward(forward_batch, self.pool.layers)
-            logits = self.model.compute_logits(hidden[forward_batch.logits_indices])
-        return logits, rows
+        forward_batch = build_forward_batch(ordered, logits_indices, self.pool.block_size, self.device)
+        hidden = self.model.forward(forward_batch, self.pool.layers)
+        return self.model.compute_logits(hidden[forward_batch.logits_indices]), rows
 
 
 def _plan_logits(ordered: Sequence[ScheduledRequest]) -> tuple[list[LogitsRows], list[int]]:

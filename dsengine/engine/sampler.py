@@ -81,13 +81,13 @@ class Sampler:
         return [SampledToken(t, logprobs.get(row)) for row, t in enumerate(token_ids)]
 
     def prompt_logprobs(self, logits: Tensor, token_ids: Sequence[int], num_top: int) -> list[TokenLogprob]:
-        """Log-probabilities of given tokens, one per row of `logits` (float32 [N, vocab_size])."""
+        """Log-probabilities of given tokens, one per row of `logits` (float32 [N, vocab_size], changed in place)."""
+        self._forbid_unknown_tokens(logits)
         by_row = self._logprobs_of_rows(logits, [(row, token, num_top) for row, token in enumerate(token_ids)])
         return [by_row[row] for row in range(len(token_ids))]
 
     def _process_logits(self, logits: Tensor, requests: Sequence[Request]) -> None:
-        if self._num_valid_tokens < logits.shape[1]:
-            logits[:, self._num_valid_tokens :] = -torch.inf
+        self._forbid_unknown_tokens(logits)
         for row, request in enumerate(requests):
             params = request.params
             if params.has_penalties:
@@ -99,6 +99,9 @@ class Sampler:
             if len(request.output_token_ids) < params.min_tokens:
                 banned = [t for t in (*request.eos_token_ids, *params.stop_token_ids) if t < logits.shape[1]]
                 logits[row, banned] = -torch.inf
+
+    def _forbid_unknown_tokens(self, logits: Tensor) -> None:
+        logits[:, self._num_valid_tokens :] = -torch.inf
 
     def _apply_penalties(self, row: Tensor, request: Request) -> None:
         history = self._histories.get(request)
