@@ -90,9 +90,7 @@ def test_token_trees(backend, new, lengths):
 def test_a_chain_of_drafts_is_the_causal_case(backend):
     args = batch((3, 3), (20, 37), 4)
     chain = torch.ones(3, 3, dtype=torch.bool).tril().repeat(2, 1)
-    close(
-        mla_decode(*args, ancestor_mask=chain, backend=backend), mla_decode(*args, backend=backend), torch.float32
-    )
+    close(mla_decode(*args, ancestor_mask=chain, backend=backend), mla_decode(*args, backend=backend), torch.float32)
 
 
 @BACKENDS
