@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import dataclasses
 import platform
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Callable, Coroutine
 from importlib import metadata
 from typing import Any
 
@@ -16,6 +16,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from dsengine import __version__
 from dsengine.async_engine import AsyncEngine, EngineDeadError
@@ -92,8 +93,8 @@ class App:
             max_body_bytes=service.config.max_body_bytes,
         )
 
-    def __call__(self, scope: Any, receive: Any, send: Any) -> Awaitable[None]:
-        return self.asgi(scope, receive, send)
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self.asgi(scope, receive, send)
 
 
 def _generation_routes(service: Service) -> APIRouter:

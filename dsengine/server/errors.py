@@ -127,12 +127,15 @@ def _describe(error: Any) -> str:
     where = _location(error)
     if error["type"] == "extra_forbidden":
         return shorten(f"unrecognized field: {where}", _MAX_ERROR_CHARS)
-    return shorten(f"{where}: {error['msg']}" if where else str(error["msg"]), _MAX_ERROR_CHARS)
+    message = str(error["msg"])
+    named = not where or message.startswith(where)
+    return shorten(message if named else f"{where}: {message}", _MAX_ERROR_CHARS)
 
 
 def _location(error: Any) -> str:
     # FastAPI puts "body" first; the names of union members ("list[str]") are no part of a client's request.
     parts = [str(part) for part in error["loc"] if part != "body"]
+    parts += [str(name) for name in [error.get("ctx", {}).get("param")] if name is not None]
     parts = [part for part in parts if not any(mark in part for mark in "[(") and part not in ("str", "TextPart")]
     return ".".join(shorten(part, 64) for part in parts[:8])
 

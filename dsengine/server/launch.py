@@ -155,6 +155,7 @@ class _Protocol(H11Protocol):
 def _uvicorn_config(app: App) -> uvicorn.Config:
     return uvicorn.Config(
         app,
+        interface="asgi3",
         http=_Protocol,
         ws="none",
         lifespan="off",

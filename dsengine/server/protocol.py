@@ -31,7 +31,8 @@ def _integral_float_to_int(value: Any) -> Any:
 
 
 def unsupported(name: str, hint: str = "") -> PydanticCustomError:
-    return PydanticCustomError("unsupported", f"{name} is not supported by this server{hint}")
+    """A validation error for a known field, with the name of the field for the error's `param`."""
+    return PydanticCustomError("unsupported", f"{name} is not supported by this server{hint}", {"param": name})
 
 
 Int = Annotated[int, BeforeValidator(_integral_float_to_int)]
@@ -141,7 +142,7 @@ class ChatMessage(_Strict):
     @classmethod
     def _no_tool_role(cls, value: Any) -> Any:
         if isinstance(value, dict) and value.get("role") in ("tool", "function"):
-            raise unsupported("the role tool")
+            raise unsupported("role", " when it is tool or function")
         return value
 
     @model_validator(mode="after")

@@ -26,6 +26,8 @@ from dsengine.server.protocol import ChatCompletionRequest, ChatMessage, Complet
 
 T = TypeVar("T")
 
+DEMO_MODEL = "dsengine-demo"
+
 # Text longer than this is rendered and tokenised in a thread: 16 KiB take about 10 ms.
 _INLINE_CHARS = 16 * 1024
 _TOKENIZER_THREADS = 2
@@ -60,7 +62,7 @@ class Service:
         self.engine = engine
         self.config = config
         self.tokenizer = engine.tokenizer
-        self.model = config.served_model_name or _model_name(engine.info.model)
+        self.model = config.served_model_name or _model_name(engine.config.model)
         self.created = int(time.time())
         self.metrics = Metrics(lambda: engine.stats, time.monotonic)
         self.lifecycle = Lifecycle(self.metrics)
@@ -227,6 +229,9 @@ def _template_message(message: ChatMessage) -> dict[str, Any]:
     return rendered
 
 
-def _model_name(model: str) -> str:
+def _model_name(model: str | None) -> str:
+    if model is None:
+        return DEMO_MODEL
     # A local folder's path is nobody's business; a hub name has the form owner/name.
-    return PurePath(model).name if PurePath(model).is_absolute() or model.startswith((".", "~")) else model
+    is_path = PurePath(model).is_absolute() or model.startswith((".", "~"))
+    return PurePath(model).name if is_path else model
