@@ -205,4 +205,4 @@ class Session:
             logits = self.model.compute_logits(self.model.forward(batch, self.kv_caches))
         for request, tokens in chunks:
             self.lengths[request] += len(tokens)
-        return list(logits.split(list(batch.query_lens)))
+        return list(torch.split(logits, list(batch.query_lens)))
