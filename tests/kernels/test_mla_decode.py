@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -51,7 +53,7 @@ def close(actual, expected, dtype):
     torch.testing.assert_close(actual[1], expected[1], rtol=1e-4, atol=1e-4)
 
 
-SHAPES = {
+SHAPES: dict[str, Any] = {
     "one token": ((1,), (1,), 16),
     "one long request": ((1,), (5000,), 4),
     "decode of many": ((1,) * 20, tuple(range(3, 63, 3)), 3),
@@ -69,8 +71,8 @@ def test_against_the_reference(backend, dtype, shape):
     args = batch(*shape, dtype=dtype)
     before = args[2].clone()
     actual = mla_decode(*args, backend=backend)
-    exact = [arg.float() if arg.is_floating_point() else arg for arg in args[:-1]]
-    close(actual, mla_decode(*exact, args[-1]), dtype)
+    exact = [arg.float() if isinstance(arg, torch.Tensor) and arg.is_floating_point() else arg for arg in args]
+    close(actual, mla_decode(*exact), dtype)
     assert torch.equal(args[2].nan_to_num(7), before.nan_to_num(7))
 
 
@@ -194,12 +196,16 @@ def test_cpu_cuts_groups_and_spans_in_any_way(requests, heads, block_size, tree,
 
 
 def test_refuses_what_does_not_fit():
-    args = list(batch((1,), (5,), 2))
+    args: Any = batch((1,), (5,), 2)
+
+    def replace(index, value):
+        return (*args[:index], value, *args[index + 1 :])
+
     with pytest.raises(ValueError, match=r"kv_cache has shape \[3, 16, 575\]; expected \[any, any, 576\]"):
-        mla_decode(*args[:2], args[2][..., :575], *args[3:])
+        mla_decode(*replace(2, args[2][..., :575]))
     with pytest.raises(ValueError, match=r"block_table has dtype torch.int64; expected torch.int32"):
-        mla_decode(*args[:3], args[3].long(), *args[4:])
+        mla_decode(*replace(3, args[3].long()))
     with pytest.raises(ValueError, match=r"cu_seqlens_q has shape \[3\]; expected \[2\]"):
-        mla_decode(*args[:5], torch.zeros(3, dtype=torch.int32), args[6])
+        mla_decode(*replace(5, torch.zeros(3, dtype=torch.int32)))
     with pytest.raises(ValueError, match="ancestor_mask has dtype"):
         mla_decode(*args, ancestor_mask=torch.zeros(1, 1))

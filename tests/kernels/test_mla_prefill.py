@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsengine.kernels.merge_attention.api import MERGE_ATTENTION, merge_attention
-from dsengine.kernels.mla_prefill.api import MLA_PREFILL, mla_prefill
+from dsengine.kernels.mla_prefill.api import MLA_PREFILL, MlaPrefill, mla_prefill
+from dsengine.kernels.mla_prefill.ref import mla_prefill_ref
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16]
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    torch.manual_seed(0)
 
 
 def on_cpu(operation):
@@ -31,8 +39,15 @@ def inputs(queries, keys, heads, *, dtype=torch.float32, width=192, value=128, s
     return q, kv[..., :width], kv[..., width:], prefix_sum(queries), prefix_sum(keys), 0.1352
 
 
+def attend(args: Any, causal: bool, backend: MlaPrefill = mla_prefill_ref) -> tuple[torch.Tensor, torch.Tensor]:
+    out, lse = mla_prefill(*args, causal=causal, backend=backend)
+    assert lse is not None
+    return out, lse
+
+
 def by_definition(q, k, v, cu_q, cu_k, scale, causal):
     """float64, one query and one head at a time."""
+    cu_q, cu_k = cu_q.tolist(), cu_k.tolist()
     out = torch.zeros(q.shape[0], q.shape[1], v.shape[2], dtype=torch.float64)
     lse = torch.full(q.shape[:2], -torch.inf, dtype=torch.float64)
     for request in range(len(cu_q) - 1):
@@ -49,7 +64,7 @@ def by_definition(q, k, v, cu_q, cu_k, scale, causal):
     return out, lse
 
 
-SHAPES = {
+SHAPES: dict[str, Any] = {
     "one token": ((1,), (1,)),
     "one query, many keys": ((1,), (70,)),
     "square": ((33,), (33,)),
@@ -65,9 +80,9 @@ SHAPES = {
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 def test_against_the_definition(backend, causal, dtype, shape):
-    args = inputs(*shape, 3, dtype=dtype)
-    out, lse = mla_prefill(*args, causal=causal, backend=backend)
-    expected, expected_lse = by_definition(*args[:3], args[3].tolist(), args[4].tolist(), args[5], causal)
+    args = inputs(shape[0], shape[1], 3, dtype=dtype)
+    out, lse = attend(args, causal, backend)
+    expected, expected_lse = by_definition(*args, causal=causal)
     assert out.dtype == dtype and lse.dtype == torch.float32
     rtol, atol = (1e-4, 1e-5) if dtype == torch.float32 else (2e-2, 2e-2)
     torch.testing.assert_close(out.double(), expected, rtol=rtol, atol=atol)
@@ -78,7 +93,7 @@ def test_against_the_definition(backend, causal, dtype, shape):
 @on_cpu(MLA_PREFILL)
 @pytest.mark.parametrize("queries,keys", [((0,), (4,)), ((3,), (0,)), ((), ())])
 def test_empty(backend, queries, keys):
-    out, lse = mla_prefill(*inputs(queries, keys, 2), causal=True, backend=backend)
+    out, lse = attend(inputs(queries, keys, 2), True, backend)
     assert out.shape == (sum(queries), 2, 128) and out.count_nonzero() == 0
     assert lse.shape == (sum(queries), 2) and lse.isneginf().all()
 
@@ -86,8 +101,8 @@ def test_empty(backend, queries, keys):
 @on_cpu(MLA_PREFILL)
 def test_real_head_count_and_a_long_chunk(backend):
     args = inputs((150,), (700,), 16)
-    out, lse = mla_prefill(*args, causal=True, backend=backend)
-    ref_out, ref_lse = mla_prefill(*args, causal=True)
+    out, lse = attend(args, True, backend)
+    ref_out, ref_lse = attend(args, True)
     torch.testing.assert_close(out, ref_out, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(lse, ref_lse, rtol=1e-4, atol=1e-5)
 
@@ -105,13 +120,10 @@ def test_lse_can_be_left_out_and_host_lengths_change_nothing(backend):
 @on_cpu(MLA_PREFILL)
 def test_a_prefix_merged_with_the_chunk_is_the_whole(backend):
     q, k, v, cu, _, scale = inputs((12,), (12,), 2)
-    del cu
     new, split = prefix_sum((7,)), 5
-    recent = mla_prefill(q[split:], k[split:], v[split:], new, new, scale, causal=True, backend=backend)
-    earlier = mla_prefill(
-        q[split:], k[:split], v[:split], new, prefix_sum((split,)), scale, causal=False, backend=backend
-    )
-    whole = mla_prefill(q, k, v, prefix_sum((12,)), prefix_sum((12,)), scale, causal=True)
+    recent = attend((q[split:], k[split:], v[split:], new, new, scale), True, backend)
+    earlier = attend((q[split:], k[:split], v[:split], new, prefix_sum((split,)), scale), False, backend)
+    whole = attend((q, k, v, cu, cu, scale), True)
     out, lse = merge_attention(*earlier, *recent)
     torch.testing.assert_close(out, whole[0][split:], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(lse, whole[1][split:], rtol=1e-4, atol=1e-5)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -24,8 +26,8 @@ def on_cpu(operation):
 # The vectors were worked out from DeepSeek's published code, one per method.
 LOGITS = torch.tensor([[2, -1, 0.5, 1.5, -0.5, 3, 0, 1]])
 BIAS = torch.tensor([0, 0.9, -0.2, 0.1, 0.6, -0.9, 0.3, -0.1])
-V2_LITE = {"method": "greedy", "scoring": "softmax", "top_k": 3}
-V2 = {
+V2_LITE: dict[str, Any] = {"method": "greedy", "scoring": "softmax", "top_k": 3}
+V2: dict[str, Any] = {
     "method": "group_limited_greedy",
     "scoring": "softmax",
     "top_k": 3,
@@ -33,7 +35,7 @@ V2 = {
     "topk_group": 2,
     "scaling": 16.0,
 }
-V3 = {
+V3: dict[str, Any] = {
     "method": "noaux_tc",
     "scoring": "sigmoid",
     "top_k": 3,
@@ -43,7 +45,7 @@ V3 = {
     "renormalize": True,
     "scaling": 2.5,
 }
-VECTORS = [
+VECTORS: list[Any] = [
     (V2_LITE, {0: 0.192937, 3: 0.117022, 5: 0.524458}),
     (V2, {0: 3.086998, 4: 0.253396, 5: 8.391330}),
     (V3, {0: 1.334753, 1: 0.407552, 6: 0.757696}),
@@ -161,14 +163,15 @@ def by_definition(x, gate_up, down, weights, ids):
     return out
 
 
-SHAPES = [(1, 8, 3, 32, 16), (7, 4, 4, 24, 40), (300, 6, 2, 64, 32), (5, 16, 4, 33, 17), (0, 4, 2, 16, 16)]
+SHAPES: list[Any] = [(1, 8, 3, 32, 16), (7, 4, 4, 24, 40), (300, 6, 2, 64, 32), (5, 16, 4, 33, 17), (0, 4, 2, 16, 16)]
 
 
 @on_cpu(MOE_EXPERTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_experts_against_the_definition(backend, dtype, shape):
-    args = experts_input(*shape, dtype=dtype)
+    x, gate_up, down, *routing = experts_input(*shape)
+    args = (x.to(dtype), gate_up.to(dtype), down.to(dtype), *routing)
     out = moe_experts(*args, backend=backend)
     assert out.dtype == dtype
     rtol, atol = (1e-4, 1e-5) if dtype == torch.float32 else (3e-2, 3e-2)
@@ -244,7 +247,7 @@ def test_experts_refuse_what_does_not_fit():
     x, gate_up, down, weights, ids = experts_input(2, 4, 2, 16, 8)
     with pytest.raises(ValueError, match=r"w_gate_up has shape \[4, 15, 16\]; expected \[4, 16, 16\]"):
         moe_experts(x, gate_up[:, 1:], down, weights, ids)
-    with pytest.raises(ValueError, match="w_gate_up has dtype torch.float32; expected torch.bfloat16"):
+    with pytest.raises(ValueError, match=r"w_gate_up has dtype torch\.float32; expected torch\.bfloat16"):
         moe_experts(x.bfloat16(), gate_up, down, weights, ids)
     with pytest.raises(ValueError, match="only one of w_gate_up_scale and w_down_scale"):
         moe_experts(x, gate_up, down, weights, ids, w_down_scale=torch.ones(4, 1, 1))

@@ -15,6 +15,11 @@ CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16]
 
 
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    torch.manual_seed(0)
+
+
 def on_cpu(operation):
     names = [backend.name for backend in operation.backends if backend.is_available(CPU)[0]]
     return pytest.mark.parametrize("backend", [operation.backend(name).load() for name in names], ids=names)

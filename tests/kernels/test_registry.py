@@ -35,7 +35,7 @@ def test_cuda_without_gpu_kernels_falls_back_to_the_reference():
 
 
 @pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.name)
-def test_every_backend_can_be_forced_and_has_the_operations_signature(operation: Operation):
+def test_every_backend_can_be_forced_and_has_the_operations_signature(operation):
     public = inspect.signature(operation.function).parameters
     for backend in operation.backends:
         kernels = select_kernels(CPU, {operation.name: backend.name})
