@@ -1,0 +1,186 @@
+"""Writes a training run as a hub-format DeepSeek-V3 checkpoint: `python -m dsengine.demo.export RUN_DIR [OUT_DIR]`.
+
+Linear weights become block-FP8 with `weight_scale_inv`; embeddings, head, router, eh_proj and norms bf16; the router
+bias float32. `shared_head.head` and the NextN `embed_tokens` equal the main ones in DeepSeek's checkpoints and are left
+out here, as a loader aliases them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from dsengine.demo import CHECKPOINT_DIR
+from dsengine.demo.model import Attention, DemoConfig, DemoModel, Layer, Mlp, Moe
+from dsengine.demo.tokenizer import save_tokenizer
+from dsengine.quant.block_fp8 import quantize_block_fp8
+
+Tensors = dict[str, Tensor]
+ATTENTION_MATRICES = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
+
+
+def hub_config(config: DemoConfig) -> dict[str, Any]:
+    return {
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "model_type": "deepseek_v3",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "moe_intermediate_size": config.moe_intermediate_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_nextn_predict_layers": 1,
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_attention_heads,
+        "n_routed_experts": config.n_routed_experts,
+        "n_shared_experts": config.n_shared_experts,
+        "num_experts_per_tok": config.num_experts_per_tok,
+        "n_group": config.n_group,
+        "topk_group": config.topk_group,
+        "topk_method": "noaux_tc",
+        "scoring_func": "sigmoid",
+        "norm_topk_prob": True,
+        "routed_scaling_factor": config.routed_scaling_factor,
+        "first_k_dense_replace": config.first_k_dense_replace,
+        "moe_layer_freq": 1,
+        "ep_size": 1,
+        "q_lora_rank": config.q_lora_rank,
+        "kv_lora_rank": config.kv_lora_rank,
+        "qk_nope_head_dim": config.qk_nope_head_dim,
+        "qk_rope_head_dim": config.qk_rope_head_dim,
+        "v_head_dim": config.v_head_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": config.rms_norm_eps,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "initializer_range": 0.02,
+        "max_position_embeddings": config.max_position_embeddings,
+        "rope_theta": int(config.rope_theta),
+        "rope_scaling": {
+            "type": "yarn",
+            "factor": int(config.yarn_factor),
+            "original_max_position_embeddings": config.yarn_original,
+            "beta_fast": int(config.yarn_beta_fast),
+            "beta_slow": int(config.yarn_beta_slow),
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+        },
+        "tie_word_embeddings": False,
+        "use_cache": True,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 2,
+        "torch_dtype": "bfloat16",
+        "quantization_config": {
+            "quant_method": "fp8",
+            "fmt": "e4m3",
+            "activation_scheme": "dynamic",
+            "weight_block_size": [128, 128],
+        },
+    }
+
+
+GENERATION_CONFIG = {
+    "_from_model_config": True,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
+    "do_sample": True,
+    "temperature": 0.6,
+    "top_p": 0.95,
+}
+
+
+def put_fp8(out: Tensors, name: str, weight: Tensor) -> None:
+    values, scales = quantize_block_fp8(weight.detach().float(), (128, 128))
+    out[f"{name}.weight"], out[f"{name}.weight_scale_inv"] = values.contiguous(), scales.contiguous()
+
+
+def put_bf16(out: Tensors, name: str, weight: Tensor) -> None:
+    out[f"{name}.weight"] = weight.detach().to(torch.bfloat16).contiguous()
+
+
+def put_gated(out: Tensors, prefix: str, gate_up: Tensor, down: Tensor) -> None:
+    gate, up = gate_up.chunk(2)
+    for name, weight in (("gate_proj", gate), ("up_proj", up), ("down_proj", down)):
+        put_fp8(out, f"{prefix}.{name}", weight)
+
+
+def put_attention(out: Tensors, prefix: str, attention: Attention) -> None:
+    for name in ATTENTION_MATRICES:
+        put_fp8(out, f"{prefix}.{name}", getattr(attention, name))
+    put_bf16(out, f"{prefix}.q_a_layernorm", attention.q_a_layernorm.weight)
+    put_bf16(out, f"{prefix}.kv_a_layernorm", attention.kv_a_layernorm.weight)
+
+
+def put_moe(out: Tensors, prefix: str, moe: Moe) -> None:
+    put_bf16(out, f"{prefix}.gate", moe.gate)
+    out[f"{prefix}.gate.e_score_correction_bias"] = moe.bias.float().clone()
+    for index, (gate_up, down) in enumerate(zip(moe.experts_gate_up, moe.experts_down, strict=True)):
+        put_gated(out, f"{prefix}.experts.{index}", gate_up, down)
+    put_gated(out, f"{prefix}.shared_experts", moe.shared_experts.gate_up_proj, moe.shared_experts.down_proj)
+
+
+def put_layer(out: Tensors, prefix: str, layer: Layer) -> None:
+    put_bf16(out, f"{prefix}.input_layernorm", layer.input_layernorm.weight)
+    put_bf16(out, f"{prefix}.post_attention_layernorm", layer.post_attention_layernorm.weight)
+    put_attention(out, f"{prefix}.self_attn", layer.self_attn)
+    if isinstance(layer.mlp, Mlp):
+        put_gated(out, f"{prefix}.mlp", layer.mlp.gate_up_proj, layer.mlp.down_proj)
+    else:
+        put_moe(out, f"{prefix}.mlp", layer.mlp)
+
+
+def hub_tensors(model: DemoModel) -> Tensors:
+    out: Tensors = {}
+    put_bf16(out, "model.embed_tokens", model.embed_tokens)
+    put_bf16(out, "model.norm", model.norm.weight)
+    put_bf16(out, "lm_head", model.lm_head)
+    for index, layer in enumerate(model.layers):
+        put_layer(out, f"model.layers.{index}", layer)
+    prefix = f"model.layers.{model.config.num_hidden_layers}"
+    put_layer(out, prefix, model.nextn)
+    put_bf16(out, f"{prefix}.enorm", model.enorm.weight)
+    put_bf16(out, f"{prefix}.hnorm", model.hnorm.weight)
+    put_bf16(out, f"{prefix}.eh_proj", model.eh_proj)
+    put_bf16(out, f"{prefix}.shared_head.norm", model.nextn_norm.weight)
+    return out
+
+
+def export(model: DemoModel, tokenizer: Tokenizer, directory: Path) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    partial = directory / "model.safetensors.partial"
+    save_file(hub_tensors(model), partial, metadata={"format": "pt"})
+    partial.rename(directory / "model.safetensors")
+    for name, content in (("config", hub_config(model.config)), ("generation_config", GENERATION_CONFIG)):
+        (directory / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    save_tokenizer(tokenizer, directory)
+
+
+def load_run(directory: Path) -> tuple[DemoModel, Tokenizer, int]:
+    """Model, tokenizer and step of a training run."""
+    state = torch.load(directory / "state.pt", weights_only=True)
+    model = DemoModel(DemoConfig())
+    model.load_state_dict(state["model"])
+    return model.eval(), Tokenizer.from_file(str(directory / "tokenizer.json")), state["step"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("out", type=Path, nargs="?", default=CHECKPOINT_DIR)
+    arguments = parser.parse_args()
+    model, tokenizer, step = load_run(arguments.run)
+    export(model, tokenizer, arguments.out)
+    size = sum(path.stat().st_size for path in arguments.out.iterdir())
+    print(f"exported step {step} to {arguments.out}: {size} bytes")
+
+
+if __name__ == "__main__":
+    main()
