@@ -15,7 +15,7 @@ _WORDS = tuple(
     for line in (
         "time year people way day man thing woman life child world school state family student group country problem",
         "part place case week company system program question work number night point home water room mother area",
-        "money fact story month lot right study book eye job word business issue side kind head house service friend father hand",
+        "money fact story month lot right study book eye job word business issue side kind head house service friend",
     )
     for word in line.split()
 )
@@ -107,11 +107,11 @@ def calibrate(target: Target, seed: int) -> float:
     with httpx.Client(base_url=target.base_url + "/v1/", timeout=httpx.Timeout(30.0, read=None)) as http:
         if target.api_key:
             http.headers["Authorization"] = f"Bearer {target.api_key}"
-        for num_words in (20, 60):
+        for num_words in (30, 150):
             body = target.body(" ".join(rng.choices(_WORDS, k=num_words)), output_len=1)
             body |= {"stream": False}
             body.pop("stream_options")
             response = http.post(target.path(), json=body)
             response.raise_for_status()
             counts.append(response.json()["usage"]["prompt_tokens"])
-    return max((counts[1] - counts[0]) / 40, 0.1)
+    return max((counts[1] - counts[0]) / 120, 0.1)

@@ -16,10 +16,13 @@ _TIMEOUT = httpx.Timeout(10.0, read=None)
 
 
 class Piece(NamedTuple):
-    """A bit of an answer: a step of the reasoning, or of what is said."""
+    """A bit of an answer: of the reasoning, of what is said, or a note by us about how it ended."""
 
-    kind: Literal["reasoning", "content"]
+    kind: Literal["reasoning", "content", "note"]
     text: str
+
+
+CUT_OFF = Piece("note", "(cut off: the limit of tokens was reached)")
 
 
 class ServerError(ValueError):
@@ -137,3 +140,5 @@ def _pieces(event: Mapping[str, Any]) -> Iterator[Piece]:
             yield Piece("reasoning", reasoning)
         if delta.get("content"):
             yield Piece("content", delta["content"])
+        if choice.get("finish_reason") == "length":
+            yield CUT_OFF

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TextIO
 
-from dsengine.chat_client import ChatClient, Piece, ServerError
+from dsengine.chat_client import CUT_OFF, ChatClient, Piece, ServerError
 from dsengine.cli_flags import UsageError, build_config, flag_name, given_fields, given_sampling
 from dsengine.config import EngineConfig
 
@@ -53,12 +53,16 @@ class LocalChat:
         params = SamplingParams(**{**self._llm.tokenizer.sampling_defaults, **options})
         switches = {} if thinking is None else {"thinking": thinking}
         splitter: ReasoningSplitter | None = None
+        finish_reason = None
         for output in self._llm.chat(messages, params, chat_template_kwargs=switches, stream=True):
             if splitter is None:
                 splitter = ReasoningSplitter(ends_in_thinking(output.prompt or ""))
             yield from _pieces(*splitter.push(output.outputs[0].delta))
+            finish_reason = output.outputs[0].finish_reason
         if splitter is not None:
             yield from _pieces(*splitter.finish())
+        if finish_reason == "length":
+            yield CUT_OFF
 
     def close(self) -> None:
         self._llm.shutdown()
@@ -82,27 +86,31 @@ class Printer:
     def write(self, pieces: Iterable[Piece]) -> str:
         """Print an answer to its end and return its content, without the reasoning."""
         content: list[str] = []
-        reasoned = False
+        kind, note = "", ""
         try:
             for piece in pieces:
-                if piece.kind == "reasoning":
-                    reasoned = True
-                    self._err.write(_DIM + piece.text + _PLAIN if self._dim else piece.text)
-                    self._err.flush()
-                    continue
-                text = piece.text
-                if not content:
-                    if reasoned:
-                        self._err.write("\n\n" if self._dim else "\n")
-                        self._err.flush()
-                    text = text.lstrip("\n")
-                content.append(text)
-                self._out.write(text)
-                self._out.flush()
+                if piece.kind == "note":
+                    note = piece.text
+                elif piece.kind == "reasoning":
+                    kind = piece.kind
+                    self._put(self._err, _DIM + piece.text + _PLAIN if self._dim else piece.text)
+                else:
+                    if kind == "reasoning":
+                        self._put(self._err, "\n\n" if self._dim else "\n")
+                    kind = piece.kind
+                    content.append(piece.text)
+                    self._put(self._out, piece.text)
         finally:
-            (self._out if content else self._err).write("\n")
-            self._out.flush()
+            if kind:
+                self._put(self._out if kind == "content" else self._err, "\n")
+        if note:
+            self._put(self._err, note + "\n")
         return "".join(content)
+
+    @staticmethod
+    def _put(stream: TextIO, text: str) -> None:
+        stream.write(text)
+        stream.flush()
 
 
 class Conversation:

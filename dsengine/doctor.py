@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from dsengine import __version__
@@ -136,7 +137,7 @@ def _try_import(name: str) -> dict[str, Any]:
 def describe_checkpoint(config: EngineConfig) -> dict[str, Any]:
     """What a checkpoint is and whether it is whole: headers, sizes, configuration and tokenizer; no weight is read."""
     try:
-        folder = resolve_checkpoint(config.model, config.revision)
+        folder = resolve_checkpoint(config.model_or_demo, config.revision)
         model = ModelConfig.from_hub(folder)
         tensors = read_checkpoint(folder)
         tokenizer = Tokenizer.from_checkpoint(folder)
@@ -175,7 +176,7 @@ def _print_report(report: dict[str, Any]) -> None:
     for heading in ("operation", "backend", "why"):
         table.add_column(heading, overflow="fold")
     for row in report["operations"]:
-        table.add_row(row["operation"], row["backend"], row["reason"])
+        table.add_row(row["operation"], row["backend"], escape(row["reason"]))
     console.print(table)
     packages = {name: f"{found['detail']} ({found['use']})" for name, found in report["optional_packages"].items()}
     _print_pairs(console, "optional packages", packages)
@@ -187,5 +188,5 @@ def _print_pairs(console: Console, title: str, pairs: dict[str, Any]) -> None:
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in pairs.items():
-        table.add_row(name.replace("_", " "), "-" if value is None else str(value), style=None)
+        table.add_row(name.replace("_", " "), "-" if value is None else escape(str(value)))
     console.print(table)

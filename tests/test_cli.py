@@ -5,10 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import pty
+import select
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 import tomllib
 from pathlib import Path
 
@@ -221,6 +225,7 @@ def test_debug_shows_where_an_error_comes_from(truncated_checkpoint):
 
 
 def test_another_architecture_is_refused_by_name(tmp_path):
+    shutil.copytree(DEMO, tmp_path, dirs_exist_ok=True)
     (tmp_path / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"], "model_type": "llama"}))
     assert_complains(run("generate", "-p", "x", str(tmp_path)), "llama")
 
@@ -279,10 +284,50 @@ def test_chat_reads_questions_from_a_pipe_and_remembers():
 
 
 def test_chat_goes_on_after_a_refused_question():
-    result = run("chat", "--context-length", "64", "--max-tokens", "4", stdin="word " * 200 + "\nhello\n")
+    result = run(
+        "chat", "--context-length", "64", "--max-tokens", "4", "--no-thinking", stdin="word " * 200 + "\nhello\n"
+    )  # fmt: skip
     assert result.returncode == 2
-    assert "Traceback" not in result.stderr and "64" in result.stderr
-    assert result.stdout.strip()
+    assert "Traceback" not in result.stderr and "the context holds 64" in result.stderr
+    assert result.stdout.strip() and "cut off" in result.stderr
+
+
+def test_chat_in_a_terminal_shows_the_reasoning_dimmed_and_stops_on_ctrl_c():
+    terminal, inside = pty.openpty()
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TERM": "xterm"}
+    command = [sys.executable, "-m", "dsengine", "chat", "--max-tokens", "24", "--thinking"]
+    process = subprocess.Popen(
+        command, stdin=inside, stdout=inside, stderr=inside, env=environment, start_new_session=True
+    )
+    os.close(inside)
+    try:
+        assert "chatting with the demo model" in read_until(terminal, "> ")
+        os.write(terminal, b"What is 12 + 30?\n")
+        answer = read_until(terminal, "> ")
+        assert "\x1b[2m" in answer and "\x1b[0m" in answer and "Traceback" not in answer
+        time.sleep(1)  # a signal between the prompt and the wait for a key is only seen at the next key
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) == 130
+        assert "Traceback" not in read_until(terminal, None)
+    finally:
+        process.kill()
+        os.close(terminal)
+
+
+def read_until(terminal: int, mark: str | None, timeout: float = 200) -> str:
+    """What a terminal shows until a line starts with `mark`, or (None) until the program has closed it."""
+    shown = ""
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        if select.select([terminal], [], [], 0.5)[0]:
+            try:
+                data = os.read(terminal, 4096)
+            except OSError:  # Linux reports the other side's end so
+                return shown
+            shown += data.decode(errors="replace")
+        if mark is not None and shown.endswith(mark):
+            return shown
+    raise AssertionError(f"the terminal did not show {mark!r} in {timeout} s, but {shown!r}")
 
 
 def test_generate_streams_the_same_text_as_it_reports():
