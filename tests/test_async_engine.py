@@ -7,6 +7,7 @@ import contextlib
 import os
 import random
 import signal
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
@@ -194,8 +195,6 @@ def test_the_engine_ends_with_its_parent() -> None:
     )
 
     async def scenario() -> None:
-        import sys
-
         parent = await asyncio.create_subprocess_exec(sys.executable, "-c", script, stdout=asyncio.subprocess.PIPE)
         assert parent.stdout is not None
         child = int(await parent.stdout.readline())
