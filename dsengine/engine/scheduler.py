@@ -141,9 +141,9 @@ class Scheduler:
         self._preempted = []
         for state in self._running:
             state.num_scheduled = 0
-        self._schedule_decodes()
-        if self._budget > 0:
-            self._schedule_chunks()
+        for state in self._schedule_decodes():
+            if state.is_running and self._budget > 0:
+                self._schedule_chunk(state)
         if not self._preempted and self._waiting:
             self._admit(now)
         batch = []
@@ -154,18 +154,21 @@ class Scheduler:
                 batch.append(ScheduledRequest(state.request, start, count, start + count == state.num_tokens))
         return ScheduledBatch(batch, self._preempted)
 
-    def _schedule_decodes(self) -> None:
+    def _schedule_decodes(self) -> list[SequenceState]:
+        """Schedules requests that need one token; returns those that need more."""
         block_size, running = self.config.block_size, self._running
+        others = []
         i = 0
         while i < len(running):  # preemption shortens the list, behind i
             state = running[i]
             computed = state.request.num_computed_tokens
-            if state.num_tokens - computed == 1 and (
-                computed < len(state.request.block_table) * block_size or self._take_block(state)
-            ):
+            if state.num_tokens - computed > 1:
+                others.append(state)
+            elif computed < len(state.request.block_table) * block_size or self._take_block(state):
                 state.num_scheduled = 1
                 self._budget -= 1
             i += 1
+        return others
 
     def _take_block(self, state: SequenceState) -> bool:
         """One more block for a running request, from less important ones if need be."""
@@ -176,15 +179,6 @@ class Scheduler:
             self._preempt(victim)
         self._allocate(state, 1)
         return True
-
-    def _schedule_chunks(self) -> None:
-        running = self._running
-        i = 0
-        while i < len(running) and self._budget > 0:
-            state = running[i]
-            if state.num_scheduled == 0 and state.num_tokens - state.request.num_computed_tokens > 1:
-                self._schedule_chunk(state)
-            i += 1
 
     def _schedule_chunk(self, state: SequenceState) -> None:
         config, request = self.config, state.request
