@@ -15,7 +15,7 @@ import signal
 import sys
 import tempfile
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from pathlib import Path
 
 import msgspec
@@ -163,7 +163,7 @@ class AsyncEngine:
         request_id: str,
         priority: int = 0,
         cache_salt: str = "",
-    ) -> AsyncIterator[RequestUpdate]:
+    ) -> AsyncGenerator[RequestUpdate, None]:
         """Run one sequence; the last update carries `finish_reason`. Closing the iterator aborts the sequence.
 
         `params.n` is not looked at: the caller asks once per continuation, each under its own `request_id`.

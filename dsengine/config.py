@@ -38,7 +38,7 @@ class EngineConfig:
     )
     weight_format: WeightFormat = _option(
         "auto",
-        "Keep block-FP8 weights as FP8 in memory, or dequantise them at load; auto: FP8 where the device computes in it.",
+        "Keep block-FP8 weights as FP8 in memory, or dequantise them at load; auto: FP8 where the device has it.",
     )
     context_length: int | None = _option(
         None, "Longest prompt + output in tokens; default: the checkpoint's.", "--max-model-len"

@@ -6,6 +6,7 @@ import itertools
 import random
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -108,7 +109,7 @@ def one_by_one(checkpoint: Path) -> list[list[int]]:
     ids=["default", "small-chunks", "three-at-a-time", "no-radix", "tight-cache", "reference-kernels"],
 )
 def test_greedy_tokens_do_not_depend_on_how_they_were_computed(
-    checkpoint: Path, one_by_one: list[list[int]], options: dict[str, object]
+    checkpoint: Path, one_by_one: list[list[int]], options: dict[str, Any]
 ) -> None:
     with LLM(str(checkpoint), **options) as llm:
         for _ in range(2):  # the second time from the prefix cache
