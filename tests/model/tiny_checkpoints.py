@@ -102,6 +102,24 @@ TINY_CONFIGS: dict[str, dict[str, Any]] = {
         "num_nextn_predict_layers": 1,
         "rope_scaling": _yarn(1.0),
     },
+    "moonlight": _COMMON
+    | {
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "model_type": "deepseek_v3",
+        "q_lora_rank": None,
+        "n_routed_experts": 8,
+        "n_shared_experts": 2,
+        "num_experts_per_tok": 3,
+        "topk_method": "noaux_tc",
+        "scoring_func": "sigmoid",
+        "n_group": 1,
+        "topk_group": 1,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 2.446,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 50000,
+        "rope_scaling": None,
+    },
 }
 """Hub configs, as for `write_random_checkpoint`."""
 
@@ -125,7 +143,7 @@ def save_hf_model(name: str, folder: Path, seed: int = 0) -> Any:
     is_v3 = TINY_CONFIGS[name]["model_type"] == "deepseek_v3"
     config_class = transformers.DeepseekV3Config if is_v3 else transformers.DeepseekV2Config
     model_class = transformers.DeepseekV3ForCausalLM if is_v3 else transformers.DeepseekV2ForCausalLM
-    scaling = hub.pop("rope_scaling")
+    scaling = hub.pop("rope_scaling") or {"type": "default"}
     hub["rope_parameters"] = {**scaling, "rope_type": scaling["type"], "rope_theta": float(hub.pop("rope_theta"))}
     hub["dtype"] = hub.pop("torch_dtype")
     model = model_class._from_config(config_class(**hub), attn_implementation="eager")
