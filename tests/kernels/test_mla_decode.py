@@ -71,7 +71,7 @@ def test_against_the_reference(backend, dtype, shape):
     args = batch(*shape, dtype=dtype)
     before = args[2].clone()
     actual = mla_decode(*args, backend=backend)
-    exact = [arg.float() if isinstance(arg, torch.Tensor) and arg.is_floating_point() else arg for arg in args]
+    exact: Any = [arg.float() if isinstance(arg, torch.Tensor) and arg.is_floating_point() else arg for arg in args]
     close(actual, mla_decode(*exact), dtype)
     assert torch.equal(args[2].nan_to_num(7), before.nan_to_num(7))
 

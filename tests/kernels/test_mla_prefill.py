@@ -45,8 +45,9 @@ def attend(args: Any, causal: bool, backend: MlaPrefill = mla_prefill_ref) -> tu
     return out, lse
 
 
-def by_definition(q, k, v, cu_q, cu_k, scale, causal):
+def by_definition(args, causal):
     """float64, one query and one head at a time."""
+    q, k, v, cu_q, cu_k, scale = args
     cu_q, cu_k = cu_q.tolist(), cu_k.tolist()
     out = torch.zeros(q.shape[0], q.shape[1], v.shape[2], dtype=torch.float64)
     lse = torch.full(q.shape[:2], -torch.inf, dtype=torch.float64)
@@ -82,7 +83,7 @@ SHAPES: dict[str, Any] = {
 def test_against_the_definition(backend, causal, dtype, shape):
     args = inputs(shape[0], shape[1], 3, dtype=dtype)
     out, lse = attend(args, causal, backend)
-    expected, expected_lse = by_definition(*args, causal=causal)
+    expected, expected_lse = by_definition(args, causal)
     assert out.dtype == dtype and lse.dtype == torch.float32
     rtol, atol = (1e-4, 1e-5) if dtype == torch.float32 else (2e-2, 2e-2)
     torch.testing.assert_close(out.double(), expected, rtol=rtol, atol=atol)

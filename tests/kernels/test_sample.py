@@ -217,9 +217,10 @@ def test_no_rows_and_one_token(backend):
 def test_refuses_what_does_not_fit():
     columns: Any = [torch.zeros(2)] + [torch.zeros(2, dtype=torch.int64)] + [torch.zeros(2)] * 2
     keys: Any = [torch.zeros(2, dtype=torch.int64)] * 2
+    short: Any = [keys[0], torch.zeros(1, dtype=torch.int64)]
     with pytest.raises(ValueError, match=r"logits has dtype torch\.bfloat16; expected torch\.float32"):
         sample(torch.zeros(2, 3).bfloat16(), *columns, *keys)
     with pytest.raises(ValueError, match=r"positions has shape \[1\]; expected \[2\]"):
-        sample(torch.zeros(2, 3), *columns, *keys[:1], positions=torch.zeros(1, dtype=torch.int64))
+        sample(torch.zeros(2, 3), *columns, *short)
     with pytest.raises(ValueError, match="no columns"):
         sample(torch.zeros(2, 0), *columns, *keys)
