@@ -88,7 +88,7 @@ def _download(name: str, revision: str | None) -> Path:
     except (
         Exception
     ) as error:  # the client raises its own, requests', httpx's and OS errors when the hub is out of reach
-        reason = " ".join(str(error).split())[:200]
+        reason = next(iter(str(error).strip().splitlines()), "no reason given")
         raise CheckpointError(
             f"{name} is no folder here and could not be fetched from the Hugging Face hub "
             f"({type(error).__name__}: {reason})"
