@@ -27,7 +27,7 @@ def extend_history(history: int, token: int) -> int:
 
 
 def first_history(salt: str) -> int:
-    return 1 + sum(ord(c) * 257**i for i, c in enumerate(salt))
+    return hash(tuple(salt.encode())) or 1
 
 
 def next_token(history: int, vocab_size: int) -> int:
