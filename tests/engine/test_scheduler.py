@@ -140,7 +140,7 @@ def test_least_important_request_is_preempted_and_resumes_in_front() -> None:
     sim.add("late", prompt(8, 700), 1, priority=1)
     began: dict[str, int] = {}
     while sim.scheduler.has_work:
-        began = {name: sim.num_steps for name in counts(sim.step())} | began
+        began = dict.fromkeys(counts(sim.step()), sim.num_steps) | began
     assert began["young"] <= began["late"] < began["low"]
     assert all(r.output_token_ids == run_alone(r, sim.vocab_size, sim.limit).output for r in sim.finished)
     assert sim.scheduler.stats().num_preemptions == sum(r.num_preemptions for r in sim.finished) >= 2

@@ -190,13 +190,13 @@ class Play:
 ANY_LOAD = [HealthCheck.too_slow, HealthCheck.data_too_large]
 
 
-@settings(max_examples=1000, deadline=None, derandomize=True, suppress_health_check=ANY_LOAD)
+@settings(max_examples=600, deadline=None, derandomize=True, suppress_health_check=ANY_LOAD)
 @given(scenarios)
 def test_every_schedule_yields_what_each_request_yields_alone(scenario: Scenario) -> None:
     Play(scenario).run()
 
 
-@settings(max_examples=400, deadline=None, derandomize=True, suppress_health_check=ANY_LOAD)
+@settings(max_examples=250, deadline=None, derandomize=True, suppress_health_check=ANY_LOAD)
 @given(scenarios)
 def test_tight_pools_preempt_and_change_nothing(scenario: Scenario) -> None:
     """The same with hardly more room than the longest prompt needs, no reserve for output, and long outputs."""
@@ -206,7 +206,7 @@ def test_tight_pools_preempt_and_change_nothing(scenario: Scenario) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=14_000, deadline=None, suppress_health_check=ANY_LOAD)
+@settings(max_examples=9_000, deadline=None, suppress_health_check=ANY_LOAD)
 @given(scenarios, st.booleans())
 def test_many_more_schedules(scenario: Scenario, tight: bool) -> None:
     if tight:

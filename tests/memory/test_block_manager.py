@@ -91,7 +91,7 @@ class BlockManagerMachine(RuleBasedStateMachine):
 
 
 TestBlockManagerMachine = BlockManagerMachine.TestCase
-TestBlockManagerMachine.settings = settings(max_examples=150, stateful_step_count=30, deadline=None, derandomize=True)
+TestBlockManagerMachine.settings = settings(max_examples=80, stateful_step_count=30, deadline=None, derandomize=True)
 
 
 def test_no_blocks_are_refused() -> None:

@@ -145,7 +145,7 @@ class RadixCacheMachine(RuleBasedStateMachine):
 
 
 TestRadixCacheMachine = RadixCacheMachine.TestCase
-TestRadixCacheMachine.settings = settings(max_examples=250, stateful_step_count=30, deadline=None, derandomize=True)
+TestRadixCacheMachine.settings = settings(max_examples=150, stateful_step_count=30, deadline=None, derandomize=True)
 
 
 def make_cache(num_blocks: int = 64, size: int = 4) -> tuple[BlockManager, RadixCache]:
