@@ -156,7 +156,7 @@ class Simulation:
         running = [state.request for state in scheduler._running]
         assert len(scheduled) == len(batch.requests), "a request is scheduled twice"
         assert scheduled <= set(running) and scheduled.isdisjoint(batch.preempted)
-        assert len(running) <= self.config.max_running_requests
+        assert len(running) <= min(self.config.max_running_requests, self.config.token_budget)
         assert batch.num_tokens <= self.config.token_budget
         assert all(item.num_tokens > 0 for item in batch.requests)
         assert not scheduler.has_work or (running and running[0] in scheduled), (

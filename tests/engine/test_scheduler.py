@@ -184,6 +184,19 @@ def test_idle_blocks_of_its_own_prefix_do_not_count_as_room() -> None:
     assert sim.scheduler.stats().num_preemptions == 0 and len(sim.finished) == 3
 
 
+def test_a_prefix_found_and_then_evicted_for_another_request_is_computed_again() -> None:
+    sim = simulate(num_blocks=20, token_budget=100, decode_reserve_tokens=0, cache_hit_credit=0.0)
+    for start in (0, 100):
+        sim.add(str(start), prompt(16, start), 1)
+        sim.run()
+    # 8 blocks are idle, 12 free. "big" evicts the two least recently used leaves, the end of what "hit" would find.
+    sim.add("big", prompt(56, 200), 1)
+    hit = sim.add("hit", prompt(17), 1)
+    assert counts(sim.step()) == {"big": 56, "hit": 9}
+    assert hit.num_cached_tokens == 8
+    sim.check_empty()
+
+
 def test_small_requests_do_not_slip_past_a_big_one() -> None:
     sim = simulate(num_blocks=20, decode_reserve_tokens=0)
     sim.add("running", prompt(20), 20)
