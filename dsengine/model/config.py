@@ -157,7 +157,7 @@ def read_config_file(path: Path) -> dict[str, Any]:
         raise ValueError(f"{file} does not exist; a checkpoint folder must hold config.json")
     try:
         hub = json.loads(file.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not JSON: {error}") from None
     if not isinstance(hub, dict):
         raise ValueError(f"{file} holds a JSON {type(hub).__name__}; it must hold an object")

@@ -5,15 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 
-def _yarn(factor: float = 40, theta: float = 1.0, beta_fast: int = 32) -> dict[str, Any]:
+def _yarn(factor: float = 40, mscale: float = 1.0, beta_fast: int = 32) -> dict[str, Any]:
     return {
         "type": "yarn",
         "factor": factor,
         "original_max_position_embeddings": 4096,
         "beta_fast": beta_fast,
         "beta_slow": 1,
-        "mscale": theta,
-        "mscale_all_dim": theta,
+        "mscale": mscale,
+        "mscale_all_dim": mscale,
     }
 
 
@@ -65,7 +65,7 @@ V2_LITE = (
         "topk_group": 1,
         "topk_method": "greedy",
         "routed_scaling_factor": 1.0,
-        "rope_scaling": _yarn(theta=0.707),
+        "rope_scaling": _yarn(mscale=0.707),
         "bos_token_id": 100000,
         "eos_token_id": 100001,
     }
