@@ -206,6 +206,7 @@ def test_tight_pools_preempt_and_change_nothing(scenario: Scenario) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @settings(max_examples=9_000, deadline=None, suppress_health_check=ANY_LOAD)
 @given(scenarios, st.booleans())
 def test_many_more_schedules(scenario: Scenario, tight: bool) -> None:
