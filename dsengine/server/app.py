@@ -11,7 +11,7 @@ from importlib import metadata
 from typing import Any
 
 import msgspec
-from fastapi import APIRouter, FastAPI, Request
+from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
@@ -78,9 +78,10 @@ class App:
             redoc_url=None,
             redirect_slashes=False,
         )
-        self.routes.include_router(_generation_routes(service))
-        self.routes.include_router(_text_routes(service))
-        self.routes.include_router(_state_routes(service))
+        self.routes.router.route_class = _StrictRoute
+        _add_generation_routes(self.routes, service)
+        _add_text_routes(self.routes, service)
+        _add_state_routes(self.routes, service)
         self.routes.add_exception_handler(HTTPException, errors.handle_http_exception)
         self.routes.add_exception_handler(RequestValidationError, errors.handle_validation_error)
         self.routes.add_exception_handler(ClientDisconnected, client_left)
@@ -97,33 +98,27 @@ class App:
         await self.asgi(scope, receive, send)
 
 
-def _generation_routes(service: Service) -> APIRouter:
-    router = APIRouter(route_class=_StrictRoute)
-
-    @router.post("/v1/chat/completions", response_model=None)
+def _add_generation_routes(app: FastAPI, service: Service) -> None:
+    @app.post("/v1/chat/completions", response_model=None)
     async def chat(body: ChatCompletionRequest, request: Request) -> Response:
         return await chat_completions(service, body, request)
 
-    @router.post("/v1/completions", response_model=None)
+    @app.post("/v1/completions", response_model=None)
     async def complete(body: CompletionRequest, request: Request) -> Response:
         return await completions(service, body, request)
 
-    @router.get("/v1/models", response_model=None)
+    @app.get("/v1/models", response_model=None)
     async def models() -> Response:
         return json_response({"object": "list", "data": [_model_card(service)]})
 
-    @router.get("/v1/models/{model:path}", response_model=None)
+    @app.get("/v1/models/{model:path}", response_model=None)
     async def model(model: str) -> Response:
         service.check_model(model)
         return json_response(_model_card(service))
 
-    return router
 
-
-def _text_routes(service: Service) -> APIRouter:
-    router = APIRouter(route_class=_StrictRoute)
-
-    @router.post("/tokenize", response_model=None)
+def _add_text_routes(app: FastAPI, service: Service) -> None:
+    @app.post("/tokenize", response_model=None)
     async def tokenize(body: TokenizeRequest) -> Response:
         service.check_model(body.model)
         if body.messages is not None:
@@ -135,18 +130,14 @@ def _text_routes(service: Service) -> APIRouter:
         limit = service.engine.info.context_length
         return json_response({"tokens": tokens, "count": len(tokens), "max_model_len": limit})
 
-    @router.post("/detokenize", response_model=None)
+    @app.post("/detokenize", response_model=None)
     async def detokenize(body: DetokenizeRequest) -> Response:
         service.check_model(body.model)
         return json_response({"prompt": service.tokenizer.decode(body.tokens, body.skip_special_tokens)})
 
-    return router
 
-
-def _state_routes(service: Service) -> APIRouter:
-    router = APIRouter(route_class=_StrictRoute)
-
-    @router.get("/health", response_model=None)
+def _add_state_routes(app: FastAPI, service: Service) -> None:
+    @app.get("/health", response_model=None)
     async def health() -> Response:
         if not service.engine.is_alive:
             raise errors.engine_unavailable()
@@ -154,24 +145,22 @@ def _state_routes(service: Service) -> APIRouter:
             raise errors.shutting_down()
         return json_response({"status": "ok"})
 
-    @router.get("/health_generate", response_model=None)
+    @app.get("/health_generate", response_model=None)
     async def health_generate(request: Request) -> Response:
         await until_disconnect(request, _generate_one_token(service))
         return json_response({"status": "ok"})
 
-    @router.get("/metrics", response_model=None)
+    @app.get("/metrics", response_model=None)
     async def metrics() -> Response:
         return Response(service.metrics.render(), media_type=service.metrics.content_type)
 
-    @router.get("/server_info", response_model=None)
+    @app.get("/server_info", response_model=None)
     async def server_info() -> Response:
         return json_response(await _server_info(service))
 
-    @router.post("/flush_cache", response_model=None)
+    @app.post("/flush_cache", response_model=None)
     async def flush_cache() -> Response:
         return json_response(await _call(service, "flush_cache"))
-
-    return router
 
 
 def _model_card(service: Service) -> dict[str, Any]:

@@ -121,7 +121,7 @@ class Generation:
         )
         outcome: str = "error"
         try:
-            async with contextlib.aclosing(updates):  # type: ignore[type-var]
+            async with contextlib.aclosing(updates):
                 async for update in updates:
                     if update.finish_reason in ("error", "abort"):
                         logger.error("%s ended with %s: %s", job.request_id, update.finish_reason, update.error)

@@ -35,7 +35,8 @@ def unsupported(name: str, hint: str = "") -> PydanticCustomError:
     return PydanticCustomError("unsupported", f"{name} is not supported by this server{hint}", {"param": name})
 
 
-Int = Annotated[int, BeforeValidator(_integral_float_to_int)]
+# After Field in an annotation: before it, the published schema would lose the bounds.
+_INTEGRAL = BeforeValidator(_integral_float_to_int)
 TokenId = Annotated[int, Field(ge=0, le=MAX_INT)]
 TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
 Prompt = Annotated[TokenIds, Field(min_length=1)]
@@ -58,10 +59,10 @@ class _Sampling(_Strict):
     model: ModelName
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    n: Annotated[Int, Field(ge=1, le=128)] | None = None
+    n: Annotated[int, Field(ge=1, le=128), _INTEGRAL] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[Int, Field(ge=-1, le=MAX_INT)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=MAX_INT), _INTEGRAL] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
@@ -73,18 +74,18 @@ class _Sampling(_Strict):
         ]
         | None
     ) = None
-    seed: Annotated[Int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1), _INTEGRAL] | None = None
     stop: (
         Annotated[str, Field(max_length=MAX_STOP_CHARS)]
         | Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS, fail_fast=True)]
         | None
     ) = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKEN_IDS, fail_fast=True)] | None = None
-    min_tokens: Annotated[Int, Field(ge=0, le=MAX_INT)] | None = None
+    min_tokens: Annotated[int, Field(ge=0, le=MAX_INT), _INTEGRAL] | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
-    priority: Annotated[Int, Field(ge=-1000, le=1000)] | None = None
+    priority: Annotated[int, Field(ge=-1000, le=1000), _INTEGRAL] | None = None
     cache_salt: Annotated[str, Field(max_length=256)] | None = None
     user: Annotated[str, Field(max_length=1024)] | None = None
 
@@ -198,10 +199,10 @@ class _ChatInput(_Strict):
 
 class ChatCompletionRequest(_Sampling, _ChatInput):
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
-    max_tokens: Annotated[Int, Field(ge=1, le=MAX_INT)] | None = None
-    max_completion_tokens: Annotated[Int, Field(ge=1, le=MAX_INT)] | None = None
+    max_tokens: Annotated[int, Field(ge=1, le=MAX_INT), _INTEGRAL] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_INT), _INTEGRAL] | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[Int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS), _INTEGRAL] | None = None
 
     # Accepted and ignored: they change nothing about the answer.
     store: bool | None = None
@@ -259,10 +260,10 @@ class CompletionRequest(_Sampling):
         | Prompt
         | Annotated[list[Prompt], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
     )
-    max_tokens: Annotated[Int, Field(ge=0, le=MAX_INT)] | None = None
-    logprobs: Annotated[Int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    max_tokens: Annotated[int, Field(ge=0, le=MAX_INT), _INTEGRAL] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS), _INTEGRAL] | None = None
     echo: bool | None = None
-    best_of: Annotated[Int, Field(ge=1, le=128)] | None = None
+    best_of: Annotated[int, Field(ge=1, le=128), _INTEGRAL] | None = None
     suffix: str | None = None
 
     @model_validator(mode="after")

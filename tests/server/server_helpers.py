@@ -28,14 +28,16 @@ class ScriptedEngine:
     Attributes:
         running: ids of sequences that are being answered; empty again when nothing has leaked.
         seen: every sequence ever asked for, with its parameters.
-        pause: each update waits until this event is set.
+        hold_at: sequences stop before the update of this number until `resume` is set; `num_held` of them have.
+        die_at: the engine dies before the update of this number.
+        refusal: raised for every request.
     """
 
     def __init__(
         self, tokenizer: Tokenizer, script: str | Script = "Hello there.", *, tokens_per_update: int = 1
     ) -> None:
         self.tokenizer = tokenizer
-        self.config = EngineConfig(max_running_requests=64, max_queued_requests=64)
+        self.config = EngineConfig(model=MODEL, max_running_requests=64, max_queued_requests=64)
         self.info = EngineInfo(
             model=MODEL,
             context_length=CONTEXT_LENGTH,
@@ -53,10 +55,11 @@ class ScriptedEngine:
         self.stats = EngineStats(num_blocks=64)
         self.running: set[str] = set()
         self.seen: dict[str, tuple[list[int], SamplingParams, str]] = {}
-        self.pause = asyncio.Event()
-        self.pause.set()
+        self.hold_at: int | None = None
+        self.num_held = 0
+        self.resume = asyncio.Event()
         self.refusal: Exception | None = None
-        self.die_after: int | None = None
+        self.die_at: int | None = None
 
     async def generate(
         self,
@@ -76,8 +79,10 @@ class ScriptedEngine:
         try:
             for number, update in enumerate(self._updates(request_id, prompt_token_ids, params)):
                 await asyncio.sleep(0)
-                await self.pause.wait()
-                if self.die_after is not None and number >= self.die_after:
+                if number == self.hold_at:
+                    self.num_held += 1
+                    await self.resume.wait()
+                if number == self.die_at:
                     self.is_alive = False
                     raise EngineDeadError("dead")
                 yield update
