@@ -2,9 +2,11 @@
 
 The roofline is measured in the same run: GFLOP/s of a plain float32 product and GB/s of a plain copy. An operation's
 bound is the larger of its arithmetic at that rate and its bytes at that bandwidth. Both rates are measured again before
-each operation and the best so far counts, since other programs may slow any one of them. Ends with one line of JSON.
+each operation and the best so far counts, since other programs may slow any one of them. With --busy all times are
+processor time of a single thread, which other programs disturb less than the clock on the wall. Ends with one line of
+JSON.
 
-    python benchmarks/kernels_cpu.py [--threads N] [--seconds S] [--dtype float32|bfloat16]
+    python benchmarks/kernels_cpu.py [--threads N] [--seconds S] [--dtype float32|bfloat16] [--busy]
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from dsengine.kernels.mla_decode.api import MLA_DECODE, mla_decode
 from dsengine.kernels.mla_prefill.api import MLA_PREFILL, mla_prefill
 from dsengine.kernels.moe_experts.api import MOE_EXPERTS, moe_experts
 
+Clock = Callable[[], float]
 RANK, ROPE, NOPE, VALUE, BLOCK_SIZE = 512, 64, 128, 128, 16
 
 
@@ -47,27 +50,27 @@ class Result:
     fraction_of_roofline: float
 
 
-def best_seconds(call: Callable[[], object], seconds: float) -> float:
+def best_seconds(call: Callable[[], object], seconds: float, clock: Clock) -> float:
     """Shortest of the calls that fit into `seconds` (two at least, the first of which only warms up)."""
     call()
-    best, end = float("inf"), time.perf_counter() + seconds
+    best, end = float("inf"), clock() + seconds
     while True:
-        start = time.perf_counter()
+        start = clock()
         call()
-        now = time.perf_counter()
+        now = clock()
         best = min(best, now - start)
         if now > end:
             return best
 
 
-def machine(seconds: float) -> tuple[float, float]:
+def machine(seconds: float, clock: Clock) -> tuple[float, float]:
     """(GFLOP/s of a float32 product, GB/s of a copy, reads and writes counted)."""
     left, right = torch.randn(1024, 1024), torch.randn(1024, 1024)
     product = torch.empty(1024, 1024)
-    gflops = 2 * 1024**3 / best_seconds(lambda: torch.mm(left, right, out=product), seconds) / 1e9
+    gflops = 2 * 1024**3 / best_seconds(lambda: torch.mm(left, right, out=product), seconds, clock) / 1e9
     source = torch.randn(32 << 20)
     target = torch.empty_like(source)
-    return gflops, 2 * source.nbytes / best_seconds(lambda: target.copy_(source), seconds) / 1e9
+    return gflops, 2 * source.nbytes / best_seconds(lambda: target.copy_(source), seconds, clock) / 1e9
 
 
 def decode_cases(dtype: torch.dtype) -> Iterator[Case]:
@@ -130,9 +133,11 @@ def expert_cases(dtype: torch.dtype) -> Iterator[Case]:
             )
 
 
-def measure(case: Case, gflops: float, bandwidth: float, seconds: float) -> Result:
+def measure(case: Case, gflops: float, bandwidth: float, seconds: float, clock: Clock) -> Result:
     loaded = {name: case.operation.backend(name).load() for name in ("cpu", "ref")}
-    times = {name: best_seconds(partial(case.call, backend=backend), seconds) for name, backend in loaded.items()}
+    times = {
+        name: best_seconds(partial(case.call, backend=backend), seconds, clock) for name, backend in loaded.items()
+    }
     bound = max(case.flops / (gflops * 1e9), case.bytes / (bandwidth * 1e9))
     return Result(
         case.name,
@@ -149,27 +154,31 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seconds", type=float, default=0.5, help="time spent on each measurement")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--busy", action="store_true", help="one thread, processor time instead of wall time")
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    threads = 1 if arguments.busy else arguments.threads
+    clock = time.process_time if arguments.busy else time.perf_counter
+    torch.set_num_threads(threads)
     torch.manual_seed(0)
     dtype: torch.dtype = getattr(torch, arguments.dtype)
     gflops = bandwidth = 0.0
     print(f"{'operation':72} {'cpu ms':>9} {'ref ms':>9} {'bound ms':>9} {'ref/cpu':>8} {'of bound':>9}")
     results = []
     for cases in (decode_cases, prefill_cases, expert_cases):
-        rates = machine(arguments.seconds)
+        rates = machine(arguments.seconds, clock)
         gflops, bandwidth = max(gflops, rates[0]), max(bandwidth, rates[1])
         for case in cases(dtype):
-            row = measure(case, gflops, bandwidth, arguments.seconds)
+            row = measure(case, gflops, bandwidth, arguments.seconds, clock)
             results.append(row)
             print(
                 f"{row.name:72} {row.cpu_ms:9.3f} {row.ref_ms:9.3f} {row.bound_ms:9.3f} "
                 f"{row.speedup_over_ref:8.2f} {row.fraction_of_roofline:9.0%}"
             )
-    print(f"\nfloat32 product {gflops:.0f} GFLOP/s, copy {bandwidth:.1f} GB/s, {arguments.threads} threads")
+    print(f"\nfloat32 product {gflops:.0f} GFLOP/s, copy {bandwidth:.1f} GB/s, {threads} threads")
     report = {
         "benchmark": "kernels_cpu",
-        "threads": arguments.threads,
+        "threads": threads,
+        "clock": clock.__name__,
         "dtype": arguments.dtype,
         "gflops": round(gflops, 1),
         "copy_gb_per_s": round(bandwidth, 1),

@@ -1,8 +1,8 @@
 """Absorbed MLA attention on a CPU: pieces of like length share one padded pair of batched products.
 
-Measured on the way here: gathering a request's blocks costs about a tenth of its two products as long as the gathered
-keys stay small enough for the allocator to reuse their memory (fresh pages are ten times slower), so keys are gathered
-in spans of bounded size, which are merged by log-sum-exp. Everything is accumulated in float32.
+Gathering a request's blocks costs about a tenth of its two products as long as the gathered keys fit into memory that
+the allocator has at hand; in fresh pages it costs as much as the products. Keys are therefore gathered in spans of
+bounded size, which are merged by log-sum-exp. Everything is accumulated in float32.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dsengine.kernels.merge_attention.cpu import merge_attention_cpu
 
-SPAN_TOKENS = 4096  # keys gathered at a time, over all pieces of a group: 9 MiB of float32
+SPAN_TOKENS = 1024  # keys gathered at a time, over all pieces of a group: 2.3 MiB of float32
 PIECE_ROWS = 2048  # (query, head) rows of one piece
 GROUP_SCORES = 1 << 22  # scores computed at a time: 16 MiB of float32
 
