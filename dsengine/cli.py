@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
     try:
-        return _dispatch([word for word in words if word != "--debug"])
+        return _dispatch([word for word in words if word != "--debug"], debug)
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
-def _dispatch(words: list[str]) -> int:
+def _dispatch(words: list[str], debug: bool) -> int:
     parser, commands = build_parser()
     args, unknown = parser.parse_known_args(words)
     if args.version:
@@ -64,6 +64,8 @@ def _dispatch(words: list[str]) -> int:
         return 0
     commands[args.command].reject_unknown(unknown)
     resolve_model(args)
+    if debug and args.command == "serve":
+        args.log_level = "debug"
     runners = {"serve": _serve, "chat": _chat, "generate": _generate, "bench": _bench, "doctor": _doctor}
     return runners[args.command](args)
 
@@ -94,7 +96,9 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
         add_model_argument(command)
         _ADD_FLAGS[name](command)
         add_config_flags(command, EngineConfig, "engine", skip=("model",))
-        command.add_argument("--debug", action="store_true", help="print the traceback of an error")
+        command.add_argument(
+            "--debug", action="store_true", help="print the traceback of an error (serve: log everything)"
+        )
     return parser, commands
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import pty
@@ -20,7 +21,7 @@ import pytest
 
 import dsengine
 from dsengine.cli import build_parser
-from dsengine.cli_flags import UsageError, build_config, given_fields, resolve_model
+from dsengine.cli_flags import UsageError, build_config, flag_name, given_fields, resolve_model
 from dsengine.config import EngineConfig, ServerConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -108,6 +109,15 @@ def test_spellings_of_other_engines(alias, value, field, expected):
 def test_two_different_models_are_refused():
     with pytest.raises(UsageError, match=r"'a'.*'b'"):
         parse("serve", "a", "--model", "b")
+
+
+def test_the_readme_lists_every_flag_of_serve():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    fields = [*dataclasses.fields(EngineConfig), *dataclasses.fields(ServerConfig)]
+    missing = [
+        flag_name(field.name) for field in fields if field.name != "model" and flag_name(field.name) not in readme
+    ]
+    assert not missing
 
 
 # Processes that end before anything is loaded

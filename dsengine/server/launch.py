@@ -14,6 +14,7 @@ import socket
 import sys
 from collections.abc import Iterator
 
+import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -141,15 +142,28 @@ class _Server(uvicorn.Server):
 
 
 class _Protocol(H11Protocol):
-    """uvicorn's protocol, closing connections that do not send a request's headers in time."""
+    """uvicorn's protocol, closing connections that begin a request but do not send all of its headers in time."""
+
+    _header_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self.loop.call_later(_HEADER_SECONDS, self._expect_request)
+        self._expect_headers(True)
 
-    def _expect_request(self) -> None:
-        if self.cycle is None and not self.transport.is_closing():
-            self.transport.close()
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._expect_headers(self.conn.their_state is h11.IDLE)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._expect_headers(False)
+        super().connection_lost(exc)
+
+    def _expect_headers(self, expected: bool) -> None:
+        if not expected and self._header_timer is not None:
+            self._header_timer.cancel()
+            self._header_timer = None
+        elif expected and self._header_timer is None:
+            self._header_timer = self.loop.call_later(_HEADER_SECONDS, self.transport.close)
 
 
 def _uvicorn_config(app: App) -> uvicorn.Config:
@@ -188,6 +202,7 @@ def _explain_listen_error(config: ServerConfig, error: OSError) -> str:
 
 
 def _refuse(error: Exception, status: int) -> int:
+    logger.debug("refused to serve", exc_info=error)
     print(f"dsengine: error: {error}", file=sys.stderr)
     return status
 
