@@ -101,11 +101,11 @@ class App:
 def _add_generation_routes(app: FastAPI, service: Service) -> None:
     @app.post("/v1/chat/completions", response_model=None)
     async def chat(body: ChatCompletionRequest, request: Request) -> Response:
-        return await chat_completions(service, body, request)
+        return await until_disconnect(request, chat_completions(service, body))
 
     @app.post("/v1/completions", response_model=None)
     async def complete(body: CompletionRequest, request: Request) -> Response:
-        return await completions(service, body, request)
+        return await until_disconnect(request, completions(service, body))
 
     @app.get("/v1/models", response_model=None)
     async def models() -> Response:

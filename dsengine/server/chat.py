@@ -10,7 +10,6 @@ import time
 from collections.abc import AsyncGenerator, Iterator
 from typing import Any
 
-from fastapi import Request
 from starlette.responses import Response
 
 from dsengine.engine.messages import TokenLogprob
@@ -18,13 +17,13 @@ from dsengine.server.generation import Delta, Job
 from dsengine.server.logprobs import chat_logprobs
 from dsengine.server.protocol import ChatCompletionRequest
 from dsengine.server.reasoning import ReasoningSplitter
-from dsengine.server.responses import EventStream, json_response, until_disconnect
+from dsengine.server.responses import EventStream, json_response
 from dsengine.server.service import Service, new_id
 from dsengine.server.usage import Usage
 from dsengine.tokenizer.chat_template import END_THINK_TOKEN, ends_in_thinking
 
 
-async def chat_completions(service: Service, request: ChatCompletionRequest, http: Request) -> Response:
+async def chat_completions(service: Service, request: ChatCompletionRequest) -> Response:
     """Answer one request.
 
     Raises:
@@ -45,8 +44,8 @@ async def chat_completions(service: Service, request: ChatCompletionRequest, htt
     if request.stream:
         chunks = chat.chunks(include_usage=request.wants_usage)
         # The first chunk tells whether the engine took the request: until then an error still has its own status.
-        return EventStream(await until_disconnect(http, anext(chunks)), chunks)
-    return json_response(await until_disconnect(http, chat.complete()))
+        return EventStream(await anext(chunks), chunks)
+    return json_response(await chat.complete())
 
 
 class _Chat:

@@ -11,7 +11,6 @@ import time
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from typing import Any
 
-from fastapi import Request
 from starlette.responses import Response
 
 from dsengine.engine.messages import TokenLogprob
@@ -19,7 +18,7 @@ from dsengine.server.errors import invalid
 from dsengine.server.generation import Delta, Job
 from dsengine.server.logprobs import CompletionLogprobs
 from dsengine.server.protocol import CompletionRequest
-from dsengine.server.responses import EventStream, json_response, until_disconnect
+from dsengine.server.responses import EventStream, json_response
 from dsengine.server.service import Service, new_id
 from dsengine.server.usage import Usage
 
@@ -27,7 +26,7 @@ from dsengine.server.usage import Usage
 _DEFAULT_MAX_TOKENS = 16
 
 
-async def completions(service: Service, request: CompletionRequest, http: Request) -> Response:
+async def completions(service: Service, request: CompletionRequest) -> Response:
     """Continue the prompts of one request.
 
     Raises:
@@ -48,8 +47,8 @@ async def completions(service: Service, request: CompletionRequest, http: Reques
     completion = _Completion(service, request, response_id, jobs)
     if request.stream:
         chunks = completion.chunks(include_usage=request.wants_usage)
-        return EventStream(await until_disconnect(http, anext(chunks)), chunks)
-    return json_response(await until_disconnect(http, completion.complete()))
+        return EventStream(await anext(chunks), chunks)
+    return json_response(await completion.complete())
 
 
 async def _token_ids(service: Service, request: CompletionRequest) -> list[list[int]]:

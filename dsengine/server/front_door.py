@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 OPEN_PATHS = frozenset({"/health"})
 _WHILE_DRAINING = frozenset({"/health", "/metrics"})
 MAX_HEADERS = 100
+MAX_HEADER_BYTES = 64 * 1024
 BODY_SECONDS = 30.0
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 
@@ -76,8 +77,7 @@ class FrontDoor:
 
     def _admit(self, scope: Scope) -> None:
         path, headers = scope["path"], scope["headers"]
-        if len(headers) > MAX_HEADERS:
-            raise ApiError(431, f"The request has more than {MAX_HEADERS} header fields.", code="too_many_headers")
+        _check_header_size(headers)
         if path not in OPEN_PATHS:
             self._authenticate(headers)
         if self._lifecycle.draining and path not in _WHILE_DRAINING:
@@ -93,6 +93,12 @@ class FrontDoor:
         if not (hmac.compare_digest(digest, self._key_digest) and scheme.lower() == b"bearer"):
             message = "A valid API key is required: send it as 'Authorization: Bearer KEY'."
             raise ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+
+
+def _check_header_size(headers: list[tuple[bytes, bytes]]) -> None:
+    if len(headers) > MAX_HEADERS or sum(len(name) + len(value) for name, value in headers) > MAX_HEADER_BYTES:
+        message = f"The request has more than {MAX_HEADERS} header fields or {MAX_HEADER_BYTES} bytes of them."
+        raise ApiError(431, message, code="headers_too_large")
 
 
 def _check_content(headers: list[tuple[bytes, bytes]], max_body_bytes: int) -> None:

@@ -22,6 +22,7 @@ from dsengine.async_engine import AsyncEngine, EngineDeadError
 from dsengine.config import EngineConfig, ServerConfig
 from dsengine.server import errors
 from dsengine.server.app import App, create_app
+from dsengine.server.front_door import MAX_HEADER_BYTES
 
 logger = logging.getLogger("dsengine.server")
 
@@ -29,7 +30,6 @@ EXIT_OK = 0
 EXIT_ENGINE_FAILED = 1
 EXIT_USER_ERROR = 2
 
-_HEADER_BYTES = 64 * 1024
 _HEADER_SECONDS = 10.0
 _KEEP_ALIVE_SECONDS = 5
 # What connections get to take their last event, once nothing is generated any more.
@@ -179,7 +179,7 @@ def _uvicorn_config(app: App) -> uvicorn.Config:
         proxy_headers=False,
         timeout_keep_alive=_KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=_CLOSING_SECONDS,
-        h11_max_incomplete_event_size=_HEADER_BYTES,
+        h11_max_incomplete_event_size=MAX_HEADER_BYTES,
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from fastapi import Request
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from dsengine.server.encoding import encode_json
 from dsengine.server.errors import ApiError
@@ -85,21 +85,26 @@ class EventStream(Response):
             raise error
 
     async def _send_all(self, send: Send) -> None:
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        start: Message = {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
         with contextlib.suppress(TimeoutError):
-            await _send_body(send, _event(self._first))
+            await _send_in_time(send, start)
+            await _send_in_time(send, _body(_event(self._first)))
             try:
                 async for event in self._rest:
-                    await _send_body(send, _event(event))
+                    await _send_in_time(send, _body(_event(event)))
             except ApiError as error:
-                await _send_body(send, _event(error.body()), last=True)
+                await _send_in_time(send, _body(_event(error.body()), last=True))
             else:
-                await _send_body(send, b"data: [DONE]\n\n", last=True)
+                await _send_in_time(send, _body(b"data: [DONE]\n\n", last=True))
 
 
-async def _send_body(send: Send, data: bytes, *, last: bool = False) -> None:
+async def _send_in_time(send: Send, message: Message) -> None:
     async with asyncio.timeout(STALL_SECONDS):
-        await send({"type": "http.response.body", "body": data, "more_body": not last})
+        await send(message)
+
+
+def _body(data: bytes, *, last: bool = False) -> Message:
+    return {"type": "http.response.body", "body": data, "more_body": not last}
 
 
 def _event(body: dict[str, Any]) -> bytes:

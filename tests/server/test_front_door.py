@@ -50,7 +50,7 @@ def test_every_route_but_health_needs_the_key() -> None:
     app = app_of(api_key=KEY)
     wrong = [
         None, b"", b"Bearer", b"Bearer ", b"Bearer nope", f"Basic {KEY}".encode(), KEY.encode(),
-        f"Bearer {KEY}x".encode(), "Bearer é".encode("latin-1"), b"Bearer " + b"k" * 1_000_000,
+        f"Bearer {KEY}x".encode(), "Bearer é".encode("latin-1"), b"Bearer " + b"k" * 60_000,
     ]  # fmt: skip
     elsewhere = [("GET", "/nowhere"), ("GET", "//health"), ("GET", "/health/"), ("POST", "/")]
     for method, path in every_route(app) + elsewhere:
@@ -146,6 +146,7 @@ def http_scope(path: str, *, method: str = "POST", headers: list[tuple[bytes, by
         ({"content-type": "application/json; charset=UTF-8"}, 200),
         ({"content-type": "application/json", "content-encoding": "identity"}, 200),
         ({"content-type": "application/json", **{f"x-{i}": "y" for i in range(100)}}, 431),
+        ({"content-type": "application/json", "x": "y" * 65536}, 431),
     ],
 )
 def test_headers(headers: dict[str, str], status: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import socket
@@ -13,7 +12,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import httpx
 import openai
 import pytest
 from server_process import DEMO_MODEL, ROOT, ServerProcess, free_port, running_server, wait_until
@@ -132,13 +130,3 @@ def test_signal_while_loading_ends_at_once(tmp_path: Path) -> None:
         wait_until(lambda: not Path(f"/proc/{engine}").exists(), 5)
     finally:
         server.close()
-
-
-def test_an_orphaned_engine_ends(tmp_path: Path) -> None:
-    with running_server(tmp_path, "--max-total-tokens", "8192") as server:
-        engine = server.engine_pid()
-        server.process.kill()
-        server.process.wait(10)
-        with contextlib.suppress(httpx.HTTPError):
-            httpx.get(server.url + "/health", timeout=1)
-        wait_until(lambda: not Path(f"/proc/{engine}").exists(), 10)

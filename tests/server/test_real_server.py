@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
+import socket
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -234,6 +237,51 @@ def test_64_streams_of_which_a_third_leave(server: ServerProcess) -> None:
     wait_until(server.is_idle, MAX_SECONDS_TO_ABORT, lambda: str(server.stats()))
     assert httpx.post(server.url + "/flush_cache").status_code == 200
     assert server.stats()["num_blocks_cached"] == server.stats()["num_blocks_in_use"] == 0
+
+
+def raw_exchange(server: ServerProcess, *parts: bytes) -> bytes:
+    """What comes back, until the server closes the connection."""
+    received = b""
+    with socket.create_connection(("127.0.0.1", server.port), timeout=15) as connection:
+        for part in parts:
+            connection.sendall(part)
+            time.sleep(0.05)
+        with contextlib.suppress(ConnectionResetError):
+            while data := connection.recv(65536):
+                received += data
+    return received
+
+
+@pytest.mark.parametrize(
+    "request_bytes",
+    [
+        b"nonsense\r\n\r\n",
+        b"GET /health HTTP/1.1\r\nHost: a\r\nX: " + b"y" * 70_000 + b"\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\nabcdef",
+        b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+    ],
+)
+def test_broken_http_is_refused(server: ServerProcess, request_bytes: bytes) -> None:
+    assert raw_exchange(server, request_bytes).split(b" ")[1][:1] == b"4"
+
+
+def test_bodies_that_are_too_large_are_cut_off(server: ServerProcess) -> None:
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+    announced = raw_exchange(server, head + b"Content-Length: 99999999\r\n\r\n")
+    assert announced.startswith(b"HTTP/1.1 413") and b"body_too_large" in announced
+    chunk = b"100000\r\n" + b" " * 0x100000 + b"\r\n"
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        streamed = raw_exchange(server, head + b"Transfer-Encoding: chunked\r\n\r\n", *[chunk] * 9)
+        assert streamed.startswith(b"HTTP/1.1 413")
+    assert server.health() == 200
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", [b"", b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n"])
+def test_headers_that_do_not_end_are_given_up(server: ServerProcess, first: bytes) -> None:
+    started = time.monotonic()
+    raw_exchange(server, first, b"GET /health HTTP/1.1\r\nHost: ")
+    assert 5 < time.monotonic() - started < 14
 
 
 def test_leaving_an_unstreamed_request_aborts_it(server: ServerProcess) -> None:
