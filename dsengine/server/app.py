@@ -192,8 +192,9 @@ async def _server_info(service: Service) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": metadata.version("torch"),
         "model": service.model,
-        "engine": msgspec.to_builtins(service.engine.info),
-        "engine_config": dataclasses.asdict(service.engine.config),
+        # The name, in place of where the checkpoint lies on this machine.
+        "engine": msgspec.to_builtins(service.engine.info) | {"model": service.model},
+        "engine_config": dataclasses.asdict(service.engine.config) | {"model": service.model},
         "server_config": server_config,
         "stats": await _call(service, "stats"),
     }

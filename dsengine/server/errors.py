@@ -133,11 +133,19 @@ def _describe(error: Any) -> str:
 
 
 def _location(error: Any) -> str:
-    # FastAPI puts "body" first; the names of union members ("list[str]") are no part of a client's request.
-    parts = [str(part) for part in error["loc"] if part != "body"]
-    parts += [str(name) for name in [error.get("ctx", {}).get("param")] if name is not None]
-    parts = [part for part in parts if not any(mark in part for mark in "[(") and part not in ("str", "TextPart")]
-    return ".".join(shorten(part, 64) for part in parts[:8])
+    """The field at fault, as in `messages.0.content`."""
+    *path, last = error["loc"] or ("",)
+    # FastAPI puts "body" first; the names of union members ("list[str]") are no part of a client's request. What a
+    # client called an unknown field comes last and stays.
+    parts = [part for part in path if part != "body" and not _is_union_member(part)]
+    if error["type"] == "extra_forbidden" or not _is_union_member(last):
+        parts.append(last)
+    parts += [name for name in [error.get("ctx", {}).get("param")] if name is not None]
+    return ".".join(shorten(str(part), 64) for part in parts[:8] if part not in ("", "body"))
+
+
+def _is_union_member(part: object) -> bool:
+    return isinstance(part, str) and (part == "str" or part.startswith(("list[", "constrained-", "function-")))
 
 
 async def handle_http_exception(_: Request, error: Exception) -> Response:

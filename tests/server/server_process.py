@@ -19,7 +19,6 @@ from dsengine.server.service import DEMO_MODEL
 
 ROOT = Path(__file__).resolve().parents[2]
 STARTUP_SECONDS = 90.0
-API_KEY = "a key with ünicode"
 
 
 class ServerProcess:
@@ -107,4 +106,4 @@ def wait_until(condition: Callable[[], bool], seconds: float, describe: Callable
         time.sleep(0.05)
 
 
-__all__ = ["API_KEY", "DEMO_MODEL", "ServerProcess", "free_port", "running_server", "wait_until"]
+__all__ = ["DEMO_MODEL", "ServerProcess", "free_port", "running_server", "wait_until"]
