@@ -18,18 +18,30 @@ class CompletionOutput:
     """One continuation of a prompt.
 
     Attributes:
-        text: the whole text so far; `delta` is what the latest update added.
+        delta: the text that the latest update added, and `num_new_tokens` how many tokens.
         stop_reason: the stop string or stop token id that ended it, None for EOS.
         logprobs: one entry per token, if the request asked for them.
     """
 
     index: int
-    text: str = ""
     delta: str = ""
+    num_new_tokens: int = 0
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] | None = None
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
+    _pieces: list[str] = field(default_factory=list, repr=False)
+
+    @property
+    def text(self) -> str:
+        """The whole text so far."""
+        # Joined when asked for: adding each delta to a string would copy a long text once per token.
+        self._pieces[:] = ["".join(self._pieces)]
+        return self._pieces[0]
+
+    def append(self, delta: str) -> None:
+        self.delta = delta
+        self._pieces.append(delta)
 
 
 @dataclass
@@ -75,15 +87,17 @@ class SequenceAssembler:
         output = self.output
         if output.finish_reason is not None:
             return False
-        output.delta = self._detokenizer.push(update.new_token_ids)
-        output.token_ids.extend(update.new_token_ids)
+        delta = self._detokenizer.push(update.new_token_ids)
+        # Tokens behind a stop string are not part of the output.
+        new = output.num_new_tokens = self._detokenizer.num_tokens - len(output.token_ids)
+        output.token_ids.extend(update.new_token_ids[:new])
         if output.logprobs is not None:
-            output.logprobs.extend(update.logprobs)
+            output.logprobs.extend(update.logprobs[:new])
         matched = self._detokenizer.stop_match
         if matched is not None:
             output.finish_reason, output.stop_reason = "stop", matched
         elif update.finish_reason is not None:
-            output.delta += self._detokenizer.finish()
+            delta += self._detokenizer.finish()
             output.finish_reason, output.stop_reason = update.finish_reason, update.stop_reason
-        output.text += output.delta
+        output.append(delta)
         return matched is not None and update.finish_reason is None

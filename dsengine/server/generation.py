@@ -143,8 +143,8 @@ class Generation:
         delta = self._pending.setdefault(index, Delta(index))
         output = assembler.output
         delta.text += output.delta
-        delta.token_ids.extend(update.new_token_ids)
-        delta.logprobs.extend(update.logprobs)
+        delta.token_ids.extend(update.new_token_ids[: output.num_new_tokens])
+        delta.logprobs.extend(update.logprobs[: output.num_new_tokens])
         delta.cached_tokens = max(delta.cached_tokens, update.cached_tokens)
         if update.prompt_logprobs is not None:
             delta.prompt_logprobs = list(update.prompt_logprobs)
