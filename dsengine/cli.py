@@ -215,6 +215,8 @@ def describe_user_error(error: Exception) -> str | None:
         return text
     if isinstance(error, FileNotFoundError) and error.filename is not None:
         return f"there is no file or folder {error.filename!r}"
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
     if isinstance(error, (ValueError, OSError)):
         return name_flag(text, EngineConfig) or type(error).__name__
     kinds = {kind.__name__ for kind in type(error).__mro__}

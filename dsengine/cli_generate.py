@@ -44,7 +44,13 @@ def _read_prompts(args: argparse.Namespace) -> list[str]:
         raise UsageError("give the prompts either with --prompt or with --file")
     if args.prompt:
         return list(args.prompt)
-    text = sys.stdin.read() if args.file == "-" else Path(args.file).read_text(encoding="utf-8")
+    data = sys.stdin.buffer.read() if args.file == "-" else Path(args.file).read_bytes()
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"--file {args.file} is not UTF-8 text: byte {error.start} is {data[error.start]:#x}"
+        ) from error
     prompts = [line for line in text.splitlines() if line.strip()]
     if not prompts:
         raise UsageError(f"--file {args.file} holds no prompt; it must have one on each line")

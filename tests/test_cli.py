@@ -185,6 +185,27 @@ def test_a_mistake_is_told_in_a_line_or_two(words, told):
     assert len(result.stderr.strip().splitlines()) <= 2
 
 
+def test_unreadable_prompt_files(tmp_path):
+    assert_complains(run("generate", "-f", str(tmp_path)), str(tmp_path), "directory")
+    latin = tmp_path / "latin.txt"
+    latin.write_bytes("grün".encode("latin-1"))
+    assert_complains(run("generate", "-f", str(latin)), str(latin), "not UTF-8", "byte 2 is 0xfc")
+
+
+def test_a_port_in_use():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        assert_complains(run("serve", "--port", port), port, "in use")
+
+
+def test_a_closed_pipe_is_no_error():
+    command = f"{sys.executable} -m dsengine serve --help | head -1"
+    result = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert result.stdout.startswith("usage: dsengine serve") and result.stderr == ""
+
+
 def test_a_url_where_nothing_listens(free_port):
     assert_complains(
         run("chat", "--url", f"localhost:{free_port}", "-q", "hi"), f"http://localhost:{free_port}", "reached"
