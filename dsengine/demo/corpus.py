@@ -6,7 +6,7 @@ appears in training; `held_out=True` draws from exactly that tenth.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from random import Random
 
 from dsengine.demo.corpus_arithmetic import (
@@ -19,6 +19,7 @@ from dsengine.demo.corpus_arithmetic import (
     subtraction,
 )
 from dsengine.demo.corpus_chat import SYSTEM_PROMPTS, capital, colour, smalltalk
+from dsengine.demo.corpus_copying import lookup, pairs, repeat
 from dsengine.demo.corpus_everyday import counting, day_span, extraction, letters, units, weekday, word_problem
 from dsengine.demo.corpus_tools import tool_conversation
 from dsengine.demo.template import Conversation, Message
@@ -27,7 +28,9 @@ MIXTURE: tuple[tuple[Generator, float], ...] = (
     (addition, 22), (subtraction, 30), (multiplication, 5), (comparison, 4), (units, 7), (weekday, 4), (day_span, 2),
     (word_problem, 8), (extraction, 8), (smalltalk, 12), (capital, 4), (colour, 1.5), (letters, 4), (counting, 2),
 )  # fmt: skip
+COPYING_MIXTURE: tuple[tuple[Generator, float], ...] = ((repeat, 4), (lookup, 3), (pairs, 3))
 TOOL_SHARE = 0.24
+COPYING_SHARE = 0.3
 MULTI_TURN_SHARE = 0.22
 
 
@@ -39,12 +42,12 @@ def draw(rng: Random, generator: Generator, held_out: bool = False) -> Exchange:
             return exchange
 
 
-def draw_any(rng: Random, held_out: bool = False) -> Exchange:
-    generators, weights = zip(*MIXTURE, strict=True)
+def draw_any(rng: Random, held_out: bool = False, mixture: Sequence[tuple[Generator, float]] = MIXTURE) -> Exchange:
+    generators, weights = zip(*mixture, strict=True)
     return draw(rng, rng.choices(generators, weights)[0], held_out)
 
 
-def dialogue(rng: Random, held_out: bool = False) -> Conversation:
+def dialogue(rng: Random, held_out: bool = False, mixture: Sequence[tuple[Generator, float]] = MIXTURE) -> Conversation:
     """One or several turns; with thinking, earlier turns show their short answers only, as the template does."""
     thinking = rng.random() < 0.7
     turns = 1
@@ -54,7 +57,7 @@ def dialogue(rng: Random, held_out: bool = False) -> Conversation:
     if rng.random() < 0.25:
         messages.append({"role": "system", "content": rng.choice(SYSTEM_PROMPTS)})
     for index in range(turns):
-        exchange = draw_any(rng, held_out)
+        exchange = draw_any(rng, held_out, mixture)
         messages.append({"role": "user", "content": exchange.question})
         reply: Message = {"role": "assistant", "content": exchange.answer if thinking else exchange.plain}
         if thinking and index == turns - 1:
@@ -63,10 +66,13 @@ def dialogue(rng: Random, held_out: bool = False) -> Conversation:
     return Conversation(messages, [], thinking)
 
 
-def conversations(seed: int, held_out: bool = False) -> Iterator[Conversation]:
+def conversations(seed: int, held_out: bool = False, copying: float = 0.0) -> Iterator[Conversation]:
+    """The stream of a seed; `copying` is the share of exchanges that only exercise copying."""
     rng = Random(f"{seed} {held_out}")
     while True:
-        if rng.random() < TOOL_SHARE:
+        if copying and rng.random() < copying:
+            yield dialogue(rng, held_out, COPYING_MIXTURE)
+        elif rng.random() < TOOL_SHARE:
             yield tool_conversation(rng, held_out)[0]
         else:
             yield dialogue(rng, held_out)

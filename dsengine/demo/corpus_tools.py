@@ -13,6 +13,7 @@ from typing import Any
 
 from dsengine.demo.corpus_arithmetic import is_held_out
 from dsengine.demo.corpus_chat import SYSTEM_PROMPTS, capital, smalltalk
+from dsengine.demo.corpus_copying import invented_word
 from dsengine.demo.corpus_everyday import CITIES, NAMES, THINGS, WORDS
 from dsengine.demo.template import Conversation, Message
 
@@ -143,10 +144,6 @@ def lights(rng: Random) -> Use:
     state = "on" if on else "off"
     request = rng.choice(("Turn {o} the light in the {r}.", "Switch the {r} light {o}.")).format(o=state, r=room)
     return Use(tool, request, {"room": room, "on": on}, "ok", f"The light in the {room} is {state}.")
-
-
-def invented_word(rng: Random) -> str:
-    return "".join(rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") for _ in range(rng.randint(2, 3)))
 
 
 def invented(rng: Random) -> Use:

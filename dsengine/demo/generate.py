@@ -48,9 +48,8 @@ def greedy(model: DemoModel, prompts: list[list[int]], max_tokens: int, form: We
     done = torch.zeros(len(prompts), dtype=torch.bool)
     produced: list[Tensor] = []
     for step in range(max_tokens):
-        with torch.autocast("cpu", torch.bfloat16):
-            hidden = model.trunk(ids.flatten(), positions.flatten(), attend, form)
-            logits = model.logits(hidden.unflatten(0, (len(prompts), -1))[:, -1], form)
+        hidden = model.trunk(ids.flatten(), positions.flatten(), attend, form)
+        logits = model.logits(hidden.unflatten(0, (len(prompts), -1))[:, -1], form)
         token = logits.argmax(-1).masked_fill(done, EOS_ID)
         produced.append(token)
         done |= token == EOS_ID

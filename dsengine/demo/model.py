@@ -56,7 +56,7 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer, q [T, H, 192], k [T, H, 192], v [T, H, 128]) -> [T, H, 128]."""
 
 # Rows of an expert are padded to a multiple of this, in training and in decoding: see `batches.TOKENS_MULTIPLE`.
-EXPERT_ROWS, EXPERT_ROWS_DECODING = 256, 16
+EXPERT_ROWS, EXPERT_ROWS_DECODING = 128, 16
 
 WeightForm = Callable[[Tensor, bool], Tensor]
 """(weight, stored in FP8) -> the weight as the forward pass shall see it; identity until quantisation is simulated."""
@@ -293,18 +293,25 @@ def identity_form(weight: Tensor, fp8: bool) -> Tensor:
 
 
 class GroupedCausal:
-    """Causal attention over a flat batch made of groups of equally long (padded) sequences."""
+    """Causal attention over flat sequences, laid out for it in padded groups: see `batches.Batch`."""
 
-    def __init__(self, config: DemoConfig, shapes: list[tuple[int, int]]) -> None:
-        self.config, self.shapes = config, shapes
+    def __init__(self, config: DemoConfig, shapes: list[tuple[int, int]], source: Tensor, places: Tensor) -> None:
+        self.config, self.shapes, self.source, self.places = config, shapes, source, places
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        outputs, sizes = [], [rows * length for rows, length in self.shapes]
-        width = v.shape[-1]
-        v = F.pad(v, (0, q.shape[-1] - width))
-        parts = zip(q.split(sizes), k.split(sizes), v.split(sizes), self.shapes, strict=True)
-        for pq, pk, pv, (rows, length) in parts:
-            grouped = [t.view(rows, length, *t.shape[1:]).transpose(1, 2) for t in (pq, pk, pv)]
-            out = F.scaled_dot_product_attention(*grouped, is_causal=True, scale=self.config.softmax_scale)
-            outputs.append(out.transpose(1, 2).flatten(0, 1)[..., :width])
-        return torch.cat(outputs)
+        sizes = [rows * length for rows, length in self.shapes]
+        parts = zip(*(t.index_select(0, self.source).split(sizes) for t in (q, k, v)), self.shapes, strict=True)
+        outputs = [causal_attention(pq, pk, pv, *shape, self.config.softmax_scale) for pq, pk, pv, shape in parts]
+        return torch.cat(outputs).index_select(0, self.places)
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, rows: int, length: int, scale: float) -> Tensor:
+    """Attention within each of `rows` sequences of `length`; q, k [rows * length, H, 192], v [..., 128].
+
+    Written out as two products, because on a CPU torch's fused kernel takes three times as long at these lengths.
+    """
+    heads = q.shape[1]
+    q, k, v = (t.view(rows, length, heads, -1).transpose(1, 2).flatten(0, 1) for t in (q, k, v))
+    future = torch.full((length, length), -torch.inf, dtype=q.dtype).triu(1)
+    weights = torch.baddbmm(future, q, k.transpose(1, 2), alpha=scale).softmax(-1).to(v.dtype)
+    return torch.bmm(weights, v).unflatten(0, (rows, heads)).transpose(1, 2).flatten(0, 1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -21,9 +22,10 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor
+from torch.optim import AdamW
 
 from dsengine.demo.batches import PAD_ID, Batch, batches, collate, encode
-from dsengine.demo.corpus import conversations
+from dsengine.demo.corpus import COPYING_SHARE, conversations
 from dsengine.demo.generate import greedy
 from dsengine.demo.model import DemoConfig, DemoModel, GroupedCausal, WeightForm, identity_form
 from dsengine.demo.optim import Muon
@@ -33,20 +35,38 @@ from dsengine.demo.tokenizer import build_tokenizer, save_tokenizer
 
 
 @dataclass(frozen=True)
+class Phase:
+    """Up to a step: tokens per step and learning rates, of Muon's matrices and AdamW's three groups."""
+
+    until: float
+    tokens: int
+    hidden: float
+    head: float
+    embedding: float
+    router: float
+
+    @property
+    def rates(self) -> tuple[float, ...]:
+        return self.hidden, self.head, self.embedding, self.router
+
+
+@dataclass(frozen=True)
 class Recipe:
-    steps: int = 1300
-    tokens_per_step: int = 6144
-    muon_lr: float = 0.02
-    adam_lr: float = 4e-3
+    steps: int = 2610
+    phases: tuple[Phase, ...] = (Phase(math.inf, 3072, 0.008, 1.5e-3, 1e-2, 3e-4),)
     warmup_steps: int = 60
-    decay_share: float = 0.4
+    decay_share: float = 0.3
     final_lr_share: float = 0.03
-    quantised_share: float = 0.15
+    quantised_share: float = 0.1
     nextn_weight: float = 0.3
-    nextn_start_share: float = 0.35
+    nextn_start_share: float = 0.65
+    copying_share: float = COPYING_SHARE
     bias_rate: float = 1e-3
     seed: int = 1
     threads: int = 2
+
+    def phase(self, step: int) -> Phase:
+        return next(phase for phase in self.phases if step < phase.until)
 
     def lr_share(self, step: int) -> float:
         warm = min(1.0, (step + 1) / self.warmup_steps)
@@ -58,33 +78,38 @@ class Recipe:
 
 
 def optimisers(model: DemoModel, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    single, doubled, rest = [], [], []
+    single, doubled, rest, routers, embeddings = [], [], [], [], []
     for name, parameter in model.named_parameters():
-        if parameter.ndim < 2 or name.endswith(("embed_tokens", "lm_head", "mlp.gate")):
+        if name.endswith("mlp.gate"):
+            routers.append(parameter)
+        elif name == "embed_tokens":
+            embeddings.append(parameter)
+        elif parameter.ndim < 2 or name == "lm_head":
             rest.append(parameter)
         elif "gate_up" in name:
             doubled.append(parameter)
         else:
             single.append(parameter)
-    muon = Muon([{"params": single}, {"params": doubled, "halves": 2}], lr=recipe.muon_lr)
-    adam = torch.optim.AdamW(rest, lr=recipe.adam_lr, betas=(0.9, 0.97), weight_decay=0.0, fused=True)
-    return [muon, adam]
+    muon = Muon([{"params": single}, {"params": doubled, "halves": 2}], lr=0.0)
+    others = [
+        AdamW(group, lr=0.0, betas=(0.9, 0.97), weight_decay=0.0, fused=True) for group in (rest, embeddings, routers)
+    ]
+    return [muon, *others]
 
 
-def token_losses(model: DemoModel, batch: Batch, form: WeightForm, nextn_weight: float) -> tuple[Tensor, Tensor]:
-    attend = GroupedCausal(model.config, batch.shapes)
+def token_losses(model: DemoModel, batch: Batch, form: WeightForm, nextn: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Weighted losses of the main model and of NextN, and the main model's on what the assistant wrote."""
+    attend = GroupedCausal(model.config, batch.shapes, batch.source, batch.places)
+    later = torch.zeros(())
     with torch.autocast("cpu", torch.bfloat16):
         hidden = model.trunk(batch.ids, batch.positions, attend, form)
-        main = weighted_loss(model, hidden, batch.targets, batch.weights, form)
-        if nextn_weight == 0:
-            return main, torch.zeros(())
-        drafted = model.draft(hidden, batch.targets, batch.positions, attend, form)
-        return main, weighted_loss(model, drafted, batch.later_targets, batch.later_weights, form)
-
-
-def weighted_loss(model: DemoModel, hidden: Tensor, targets: Tensor, weights: Tensor, form: WeightForm) -> Tensor:
-    losses = F.cross_entropy(model.logits(hidden, form).float(), targets, reduction="none")
-    return (losses * weights).sum() / weights.sum()
+        losses = F.cross_entropy(model.logits(hidden, form).float(), batch.targets, reduction="none")
+        if nextn:
+            drafted = model.draft(hidden, batch.targets, batch.positions, attend, form)
+            draft_losses = F.cross_entropy(model.logits(drafted, form).float(), batch.later_targets, reduction="none")
+            later = (draft_losses * batch.later_weights).sum() / batch.later_weights.sum()
+    main = (losses * batch.weights).sum() / batch.weights.sum()
+    return main, later, losses.detach()[batch.weights == 1].mean()
 
 
 @contextmanager
@@ -114,7 +139,7 @@ def acceptance(model: DemoModel, tokenizer: Tokenizer, form: WeightForm, count: 
     """How often NextN's first draft is the main model's own next choice, on held-out assistant text."""
     samples = [encode(tokenizer, conversation) for conversation in held_out_conversations(count)]
     batch = collate(samples, 0.0)
-    attend = GroupedCausal(model.config, batch.shapes)
+    attend = GroupedCausal(model.config, batch.shapes, batch.source, batch.places)
     with torch.autocast("cpu", torch.bfloat16):
         hidden = model.trunk(batch.ids, batch.positions, attend, form)
         choice = model.logits(hidden, form).argmax(-1)
@@ -205,8 +230,8 @@ class Run:
         step = self.step
         while True:
             block = step // 100
-            conversation_stream = conversations(1000 * self.recipe.seed + block)
-            source = batches(conversation_stream, self.tokenizer, self.recipe.tokens_per_step)
+            conversation_stream = conversations(1000 * self.recipe.seed + block, copying=self.recipe.copying_share)
+            source = batches(conversation_stream, self.tokenizer, self.recipe.phase(step).tokens)
             for index in range(100):
                 batch = next(source)
                 if block * 100 + index >= step:
@@ -216,21 +241,22 @@ class Run:
     def train_step(self, batch: Batch) -> dict[str, float]:
         recipe = self.recipe
         form = stored_form if recipe.quantised(self.step) else identity_form
-        share = recipe.lr_share(self.step)
-        for optimiser, base in zip(self.optimisers, (recipe.muon_lr, recipe.adam_lr), strict=True):
+        share, phase = recipe.lr_share(self.step), recipe.phase(self.step)
+        for optimiser, base in zip(self.optimisers, phase.rates, strict=True):
             for group in optimiser.param_groups:
                 group["lr"] = base * share
         nextn_weight = recipe.nextn_weight if self.step >= recipe.steps * recipe.nextn_start_share else 0.0
         with load_counted(self.model, batch.ids != PAD_ID):
-            main, later = token_losses(self.model, batch, form, nextn_weight)
+            main, later, written = token_losses(self.model, batch, form, nextn_weight > 0)
         (main + nextn_weight * later).backward()
         for optimiser in self.optimisers:
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
         load = balance(self.model, recipe.bias_rate)
         self.step += 1
-        self.seen += batch.ids.numel()
-        return {"loss": float(main.detach()), "nextn": float(later.detach()), "load": load, "lr": share}
+        self.seen += int((batch.ids != PAD_ID).sum())
+        figures = {"loss": main, "written": written, "nextn": later}
+        return {key: float(value.detach()) for key, value in figures.items()} | {"load": load, "lr": share}
 
 
 def train(recipe: Recipe, directory: Path, evaluate_every: int, save_seconds: float = 180.0) -> None:
@@ -247,13 +273,13 @@ def train(recipe: Recipe, directory: Path, evaluate_every: int, save_seconds: fl
             text = " ".join(f"{key} {value:.4f}" for key, value in figures.items())
             print(f"step {run.step} {text} tokens {run.seen} s/step {speed:.3f}", flush=True)
         done = run.step >= recipe.steps
+        if done or now - saved > save_seconds:
+            run.save()
+            saved = time.monotonic()
         if done or run.step % evaluate_every == 0:
             form = stored_form if recipe.quantised(run.step) else identity_form
             result = evaluate(run.model, run.tokenizer, form, 64 if done else 16)
             print(json.dumps({"step": run.step, "eval_s": round(time.monotonic() - now, 1), **result}), flush=True)
-        if done or now - saved > save_seconds:
-            run.save()
-            saved = time.monotonic()
         if done:
             return
 

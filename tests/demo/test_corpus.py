@@ -7,7 +7,7 @@ from random import Random
 
 import pytest
 
-from dsengine.demo.corpus import MIXTURE, conversations, draw
+from dsengine.demo.corpus import COPYING_MIXTURE, MIXTURE, conversations, draw
 from dsengine.demo.corpus_arithmetic import addition, is_held_out, subtraction
 from dsengine.demo.corpus_tools import tool_conversation
 from dsengine.demo.problems import (
@@ -28,7 +28,7 @@ def test_a_seed_fixes_the_stream():
     assert first != list(islice(conversations(6), 200))
 
 
-@pytest.mark.parametrize("generator", [generator for generator, _ in MIXTURE])
+@pytest.mark.parametrize("generator", [generator for generator, _ in (*MIXTURE, *COPYING_MIXTURE)])
 def test_split_is_disjoint_and_a_tenth(generator):
     rng = Random(0)
     drawn = [generator(rng).key for _ in range(2000)]
@@ -53,7 +53,7 @@ def test_scratchpads_compute_what_they_claim(generator):
 
 def test_graders_accept_the_corpus_own_answers():
     rng = Random(2)
-    for generator, _ in MIXTURE:
+    for generator, _ in (*MIXTURE, *COPYING_MIXTURE):
         for _ in range(100):
             exchange = generator(rng)
             assert contains(exchange.expect)(f"{exchange.reasoning}</think>{exchange.answer}"), exchange
@@ -96,6 +96,11 @@ def test_problem_sets_are_held_out_and_reproducible():
         assert all(len(number) == 3 for number in numbers)
     assert all(p.tools and not p.thinking for p in tool_problems(10))
     assert len(other_problems(2, thinking=True)) == 22
+
+
+def test_copying_share_is_heeded():
+    first = [c.messages[-2]["content"] for c in islice(conversations(4, copying=1.0), 50) if len(c.messages) == 2]
+    assert first and all(re.search(r"Repeat|Say|say|Echo|JSON|What is|Given", text) for text in first)
 
 
 def test_only_what_the_assistant_wrote_is_supervised():
