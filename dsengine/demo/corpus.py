@@ -24,13 +24,17 @@ from dsengine.demo.corpus_everyday import counting, day_span, extraction, letter
 from dsengine.demo.corpus_tools import tool_conversation
 from dsengine.demo.template import Conversation, Message
 
-MIXTURE: tuple[tuple[Generator, float], ...] = (
+Mixture = Sequence[tuple[Generator, float]]
+
+# The tokenizer is built from this mixture; training gives the hardest task a larger share of it.
+MIXTURE: Mixture = (
     (addition, 22), (subtraction, 30), (multiplication, 5), (comparison, 4), (units, 7), (weekday, 4), (day_span, 2),
     (word_problem, 8), (extraction, 8), (smalltalk, 12), (capital, 4), (colour, 1.5), (letters, 4), (counting, 2),
 )  # fmt: skip
-COPYING_MIXTURE: tuple[tuple[Generator, float], ...] = ((repeat, 4), (lookup, 3), (pairs, 3))
+TRAINING_MIXTURE: Mixture = ((subtraction, 60), (addition, 8), *MIXTURE)
+COPYING_MIXTURE: Mixture = ((repeat, 4), (lookup, 3), (pairs, 3))
 TOOL_SHARE = 0.24
-COPYING_SHARE = 0.3
+COPYING_SHARE = 0.15
 MULTI_TURN_SHARE = 0.22
 
 
@@ -42,12 +46,12 @@ def draw(rng: Random, generator: Generator, held_out: bool = False) -> Exchange:
             return exchange
 
 
-def draw_any(rng: Random, held_out: bool = False, mixture: Sequence[tuple[Generator, float]] = MIXTURE) -> Exchange:
+def draw_any(rng: Random, held_out: bool = False, mixture: Mixture = MIXTURE) -> Exchange:
     generators, weights = zip(*mixture, strict=True)
     return draw(rng, rng.choices(generators, weights)[0], held_out)
 
 
-def dialogue(rng: Random, held_out: bool = False, mixture: Sequence[tuple[Generator, float]] = MIXTURE) -> Conversation:
+def dialogue(rng: Random, held_out: bool = False, mixture: Mixture = MIXTURE) -> Conversation:
     """One or several turns; with thinking, earlier turns show their short answers only, as the template does."""
     thinking = rng.random() < 0.7
     turns = 1
@@ -66,8 +70,10 @@ def dialogue(rng: Random, held_out: bool = False, mixture: Sequence[tuple[Genera
     return Conversation(messages, [], thinking)
 
 
-def conversations(seed: int, held_out: bool = False, copying: float = 0.0) -> Iterator[Conversation]:
-    """The stream of a seed; `copying` is the share of exchanges that only exercise copying."""
+def conversations(
+    seed: int, held_out: bool = False, mixture: Mixture = MIXTURE, copying: float = 0.0
+) -> Iterator[Conversation]:
+    """The stream of a seed; `copying` is the share of conversations that only exercise copying."""
     rng = Random(f"{seed} {held_out}")
     while True:
         if copying and rng.random() < copying:
@@ -75,4 +81,4 @@ def conversations(seed: int, held_out: bool = False, copying: float = 0.0) -> It
         elif rng.random() < TOOL_SHARE:
             yield tool_conversation(rng, held_out)[0]
         else:
-            yield dialogue(rng, held_out)
+            yield dialogue(rng, held_out, mixture)

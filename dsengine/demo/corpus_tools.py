@@ -30,6 +30,7 @@ class Use:
     arguments: Json
     result: str
     answer: str
+    invented: bool = False
 
 
 def schema(name: str, description: str, **parameters: str | tuple[str, str]) -> Json:
@@ -163,7 +164,7 @@ def invented(rng: Random) -> Use:
     )).format(v=verb, n=noun, l=listing, name=name)  # fmt: skip
     value = rng.choice((str(rng.randint(1, 999)), rng.choice(WORDS)))
     return Use(schema(name, description[0].upper() + description[1:], **kinds), request[0].upper() + request[1:],
-               arguments, value, f"The {noun} is {value}.")  # fmt: skip
+               arguments, value, f"The {noun} is {value}.", invented=True)  # fmt: skip
 
 
 USES: tuple[Callable[[Random], Use], ...] = (

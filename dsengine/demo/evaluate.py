@@ -67,10 +67,12 @@ def evaluate(llm: LLM, arithmetic: int, tools: int, others: int) -> dict[str, An
     call_texts = complete(llm, calls)
     thinking, plain = other_problems(others, thinking=True), other_problems(others, thinking=False)
     right = [problem.grade(text) for problem, text in zip(sums, sum_texts, strict=True)]
+    called = [problem.grade(text) for problem, text in zip(calls, call_texts, strict=True)]
     return {
         "three-digit arithmetic": round(sum(right) / len(right), 4),
         **accuracy(sums, sum_texts),
-        "tool call": accuracy(calls, call_texts)["tool call"],
+        "tool call": round(sum(called) / len(called), 4),
+        **accuracy(calls, call_texts),
         "tool call well-formed": round(sum(parse_calls(text) is not None for text in call_texts) / len(calls), 4),
         "thinking": accuracy(thinking, complete(llm, thinking)),
         "not thinking": accuracy(plain, complete(llm, plain)),

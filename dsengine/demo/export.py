@@ -91,9 +91,7 @@ GENERATION_CONFIG = {
     "bos_token_id": 0,
     "eos_token_id": 1,
     "pad_token_id": 2,
-    "do_sample": True,
-    "temperature": 0.6,
-    "top_p": 0.95,
+    "do_sample": False,
 }
 
 
@@ -143,6 +141,7 @@ def hub_tensors(model: DemoModel) -> Tensors:
     put_bf16(out, "model.norm", model.norm.weight)
     put_bf16(out, "lm_head", model.lm_head)
     for index, layer in enumerate(model.layers):
+        assert isinstance(layer, Layer)
         put_layer(out, f"model.layers.{index}", layer)
     prefix = f"model.layers.{model.config.num_hidden_layers}"
     put_layer(out, prefix, model.nextn)

@@ -172,6 +172,9 @@ class Mlp(nn.Module):
 
 
 class Moe(nn.Module):
+    bias: Tensor
+    load: Tensor
+
     def __init__(self, config: DemoConfig) -> None:
         super().__init__()
         c = self.config = config
@@ -213,7 +216,8 @@ class Moe(nn.Module):
             outputs.append(F.linear(swiglu(F.linear(part, expert_in)), expert_out))
         inverse = torch.empty_like(order).scatter_(0, order, slots)
         routed = torch.cat(outputs).index_select(0, inverse).unflatten(0, (-1, k))
-        return combine(routed, weights) + self.shared_experts(x, form)
+        out: Tensor = combine(routed, weights) + self.shared_experts(x, form)
+        return out
 
 
 def padded_by_expert(ids: Tensor, counts: Tensor, multiple: int) -> tuple[Tensor, Tensor, Tensor, list[int]]:
@@ -301,17 +305,18 @@ class GroupedCausal:
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         sizes = [rows * length for rows, length in self.shapes]
         parts = zip(*(t.index_select(0, self.source).split(sizes) for t in (q, k, v)), self.shapes, strict=True)
-        outputs = [causal_attention(pq, pk, pv, *shape, self.config.softmax_scale) for pq, pk, pv, shape in parts]
+        outputs = [causal_attention(pq, pk, pv, shape, self.config.softmax_scale) for pq, pk, pv, shape in parts]
         return torch.cat(outputs).index_select(0, self.places)
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, rows: int, length: int, scale: float) -> Tensor:
-    """Attention within each of `rows` sequences of `length`; q, k [rows * length, H, 192], v [..., 128].
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, shape: tuple[int, int], scale: float) -> Tensor:
+    """Attention within each sequence of a group of shape (rows, length); q, k [rows * length, H, 192], v [..., 128].
 
     Written out as two products, because on a CPU torch's fused kernel takes three times as long at these lengths.
     """
-    heads = q.shape[1]
+    heads, (rows, length) = q.shape[1], shape
     q, k, v = (t.view(rows, length, heads, -1).transpose(1, 2).flatten(0, 1) for t in (q, k, v))
     future = torch.full((length, length), -torch.inf, dtype=q.dtype).triu(1)
     weights = torch.baddbmm(future, q, k.transpose(1, 2), alpha=scale).softmax(-1).to(v.dtype)
-    return torch.bmm(weights, v).unflatten(0, (rows, heads)).transpose(1, 2).flatten(0, 1)
+    out: Tensor = torch.bmm(weights, v).unflatten(0, (rows, heads)).transpose(1, 2).flatten(0, 1)
+    return out

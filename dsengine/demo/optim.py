@@ -24,7 +24,8 @@ def orthogonalise(update: Tensor, steps: int = 5) -> Tensor:
     for _ in range(steps):
         gram = x @ x.mT
         x = a * x + (b * gram + c * (gram @ gram)) @ x
-    return (x if wide else x.mT).float()
+    result: Tensor = (x if wide else x.mT).float()
+    return result
 
 
 class Muon(torch.optim.Optimizer):

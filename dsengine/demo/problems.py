@@ -121,7 +121,8 @@ def tool_problems(count: int, seed: int = 0) -> list[Problem]:
             functions = [call(use)["function"] for use in uses]
             expected = [(f["name"], f["arguments"]) for f in functions]
             grade = calls_match(expected)
-            problems.append(Problem("tool call", conversation.messages, conversation.tools, False, grade))
+            task = "invented tools" if any(use.invented for use in uses) else "familiar tools"
+            problems.append(Problem(task, conversation.messages, conversation.tools, False, grade))
     return problems
 
 

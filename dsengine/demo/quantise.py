@@ -13,7 +13,8 @@ def block_scales(weight: Tensor) -> Tensor:
     rows, columns = weight.shape[-2:]
     padded = torch.nn.functional.pad(weight.abs(), (0, -columns % BLOCK, 0, -rows % BLOCK))
     blocks = padded.unflatten(-1, (-1, BLOCK)).unflatten(-3, (-1, BLOCK))
-    return blocks.amax((-3, -1)).clamp_min(1e-12) / 448.0
+    scales: Tensor = blocks.amax((-3, -1)).clamp_min(1e-12) / 448.0
+    return scales
 
 
 def through_fp8(weight: Tensor) -> Tensor:

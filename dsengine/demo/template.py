@@ -82,17 +82,14 @@ _LAYOUT = """\
 
 def _template() -> str:
     """The template with its names replaced by the literal strings they stand for."""
-    text = _LAYOUT
     constants = {
         "HEADING": TOOLS_HEADING, "FORMAT": TOOLS_FORMAT, "BOS": BOS, "EOS": EOS, "USER": USER, "ASSISTANT": ASSISTANT,
         "END_THINK": END_THINK, "THINK": THINK, "CALLS_BEGIN": CALLS_BEGIN, "CALLS_END": CALLS_END,
         "CALL_BEGIN": CALL_BEGIN, "CALL_END": CALL_END, "OUTPUT_BEGIN": OUTPUT_BEGIN, "OUTPUT_END": OUTPUT_END,
         "SEP": SEP,
     }  # fmt: skip
-    for name, value in constants.items():
-        literal = "'" + value.replace("\n", "\\n") + "'"
-        text = re.sub(rf"\b{name}\b", lambda _, literal=literal: literal, text)
-    return text
+    literals = {name: "'" + value.replace("\n", "\\n") + "'" for name, value in constants.items()}
+    return re.sub(r"\b[A-Z_]+\b", lambda match: literals.get(match[0], match[0]), _LAYOUT)
 
 
 CHAT_TEMPLATE = _template()

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.optim import AdamW
 
 from dsengine.demo.batches import PAD_ID, Batch, batches, collate, encode
-from dsengine.demo.corpus import COPYING_SHARE, conversations
+from dsengine.demo.corpus import COPYING_SHARE, TRAINING_MIXTURE, conversations
 from dsengine.demo.generate import greedy
 from dsengine.demo.model import DemoConfig, DemoModel, GroupedCausal, WeightForm, identity_form
 from dsengine.demo.optim import Muon
@@ -52,7 +52,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class Recipe:
-    steps: int = 2610
+    steps: int = 3450
     phases: tuple[Phase, ...] = (Phase(math.inf, 3072, 0.008, 1.5e-3, 1e-2, 3e-4),)
     warmup_steps: int = 60
     decay_share: float = 0.3
@@ -60,6 +60,7 @@ class Recipe:
     quantised_share: float = 0.1
     nextn_weight: float = 0.3
     nextn_start_share: float = 0.65
+    nextn_every: int = 3
     copying_share: float = COPYING_SHARE
     bias_rate: float = 1e-3
     seed: int = 1
@@ -230,7 +231,8 @@ class Run:
         step = self.step
         while True:
             block = step // 100
-            conversation_stream = conversations(1000 * self.recipe.seed + block, copying=self.recipe.copying_share)
+            seed, copying = 1000 * self.recipe.seed + block, self.recipe.copying_share
+            conversation_stream = conversations(seed, mixture=TRAINING_MIXTURE, copying=copying)
             source = batches(conversation_stream, self.tokenizer, self.recipe.phase(step).tokens)
             for index in range(100):
                 batch = next(source)
@@ -245,7 +247,8 @@ class Run:
         for optimiser, base in zip(self.optimisers, phase.rates, strict=True):
             for group in optimiser.param_groups:
                 group["lr"] = base * share
-        nextn_weight = recipe.nextn_weight if self.step >= recipe.steps * recipe.nextn_start_share else 0.0
+        drafting = self.step >= recipe.steps * recipe.nextn_start_share and self.step % recipe.nextn_every == 0
+        nextn_weight = recipe.nextn_weight if drafting else 0.0
         with load_counted(self.model, batch.ids != PAD_ID):
             main, later, written = token_losses(self.model, batch, form, nextn_weight > 0)
         (main + nextn_weight * later).backward()

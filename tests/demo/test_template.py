@@ -8,7 +8,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from dsengine.demo import CHECKPOINT_DIR
 from dsengine.demo.corpus import conversations
-from dsengine.demo.template import BOS, CHAT_TEMPLATE, EOS, prompt_text, segments
+from dsengine.demo.template import BOS, CHAT_TEMPLATE, EOS, Message, prompt_text, segments
 
 WEATHER = {
     "type": "function",
@@ -19,7 +19,7 @@ WEATHER = {
     },
 }
 CALL = {"id": "1", "type": "function", "function": {"name": "get_weather", "arguments": {"city": "Zürich"}}}
-HISTORY = [
+HISTORY: list[Message] = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": "Weather in Zürich?"},
     {"role": "assistant", "content": None, "tool_calls": [CALL]},

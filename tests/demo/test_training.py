@@ -75,7 +75,7 @@ def test_simulated_storage_is_the_export():
 def test_gradients_pass_straight_through():
     weight = torch.randn(130, 20, requires_grad=True)
     stored_form(weight, True).sum().backward()
-    assert torch.equal(weight.grad, torch.ones_like(weight))
+    assert weight.grad is not None and torch.equal(weight.grad, torch.ones_like(weight))
 
 
 def test_orthogonalised_updates_have_singular_values_near_one():
