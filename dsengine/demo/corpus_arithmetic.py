@@ -82,10 +82,10 @@ def subtract_steps(a: int, b: int) -> str:
     borrow = 0
     for i, (x, y) in enumerate(zip(digits(big, width), digits(small, width), strict=True)):
         taken = f"-{borrow}" if i else ""
-        short = x - y - borrow < 0
-        result = (x - y - borrow) % 10
-        text += f" {COLUMNS[i]}: {x + 10 * short}-{y}{taken}={result}, write {result} borrow {int(short)}."
-        borrow = int(short)
+        # The digits come first and their difference keeps its sign: the borrow then only has to be read off.
+        left = x - y - borrow
+        borrow = int(left < 0)
+        text += f" {COLUMNS[i]}: {x}-{y}{taken}={left}, write {left % 10} borrow {borrow}."
     return text + (f" Difference {big - small}." if a > b else f" Difference {big - small}, so {a - b}.")
 
 

@@ -255,7 +255,7 @@ class DemoModel(nn.Module):
     def __init__(self, config: DemoConfig) -> None:
         super().__init__()
         c = self.config = config
-        self.embed_tokens = nn.Parameter(torch.randn(c.vocab_size, c.hidden_size) * 0.1)
+        self.embed_tokens = nn.Parameter(torch.randn(c.vocab_size, c.hidden_size) * 0.8)
         self.layers = nn.ModuleList(Layer(c, i < c.first_k_dense_replace) for i in range(c.num_hidden_layers))
         self.norm = Norm(c.hidden_size, c.rms_norm_eps)
         self.lm_head = nn.Parameter(torch.randn(c.vocab_size, c.hidden_size) * 0.02)
