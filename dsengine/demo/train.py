@@ -52,7 +52,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class Recipe:
-    steps: int = 3900
+    steps: int = 4300
     phases: tuple[Phase, ...] = (Phase(math.inf, 3072, 0.008, 1.5e-3, 1e-2, 3e-4),)
     warmup_steps: int = 60
     decay_share: float = 0.3
