@@ -121,7 +121,19 @@ class NamedTool(Strict):
     function: NamedFunction
 
 
-ToolChoice = Literal["none", "auto", "required"] | NamedTool
+class AllowedToolSet(Strict):
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[NamedTool], Field(min_length=1, max_length=MAX_TOOLS, fail_fast=True)]
+
+
+class AllowedTools(Strict):
+    """The choice of some functions, while the model is told of all: the prompt stays the same from turn to turn."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedToolSet
+
+
+ToolChoice = Literal["none", "auto", "required"] | NamedTool | AllowedTools
 
 
 class ToolOptions(Strict):
@@ -138,15 +150,24 @@ class ToolOptions(Strict):
 
     @property
     def must_call(self) -> bool:
+        if isinstance(self.tool_choice, AllowedTools):
+            return self.tool_choice.allowed_tools.mode == "required"
         return self.tool_choice == "required" or isinstance(self.tool_choice, NamedTool)
 
     @property
     def callable_tools(self) -> list[Tool]:
         """The functions that the choice leaves."""
-        if isinstance(self.tool_choice, NamedTool):
-            name = self.tool_choice.function.name
-            return [tool for tool in self.tools or [] if tool.function.name == name]
-        return self.offered_tools
+        chosen = self._chosen_names()
+        return [tool for tool in self.offered_tools if not chosen or tool.function.name in chosen]
+
+    def _chosen_names(self) -> list[str]:
+        """The functions that the choice names, if it names any."""
+        match self.tool_choice:
+            case NamedTool():
+                return [self.tool_choice.function.name]
+            case AllowedTools():
+                return [tool.function.name for tool in self.tool_choice.allowed_tools.tools]
+        return []
 
     @model_validator(mode="after")
     def _check_tools(self) -> Self:
@@ -156,7 +177,7 @@ class ToolOptions(Strict):
             raise contradiction(f"tools holds two functions called {twice}", "tools")
         if self.must_call and not names:
             raise contradiction("tool_choice asks for a call, but there are no tools", "tool_choice")
-        if isinstance(self.tool_choice, NamedTool) and self.tool_choice.function.name not in names:
-            name = self.tool_choice.function.name
-            raise contradiction(f"tool_choice names {name}, which is not among the tools", "tool_choice")
+        for name in self._chosen_names():
+            if name not in names:
+                raise contradiction(f"tool_choice names {name}, which is not among the tools", "tool_choice")
         return self

@@ -67,6 +67,12 @@ class NamedResponseTool(Strict):
     name: FunctionName
 
 
+class AllowedResponseTools(Strict):
+    type: Literal["allowed_tools"]
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[NamedResponseTool], Field(min_length=1, max_length=MAX_TOOLS, fail_fast=True)]
+
+
 class TextFormat(Strict):
     type: Literal["text", "json_object", "json_schema"]
     name: str | None = None
@@ -96,7 +102,7 @@ class ResponsesRequest(Strict):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS), INTEGRAL] | None = None
     tools: Annotated[list[ResponseTool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedResponseTool | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedResponseTool | AllowedResponseTools | None = None
     parallel_tool_calls: bool | None = None
     text: TextOptions | None = None
     reasoning: ReasoningOptions | None = None
@@ -168,8 +174,15 @@ def as_chat(request: ResponsesRequest) -> ChatCompletionRequest:
 def _tool_choice(request: ResponsesRequest) -> Any:
     choice = request.tool_choice
     if isinstance(choice, NamedResponseTool):
-        return {"type": "function", "function": {"name": choice.name}}
+        return _named(choice)
+    if isinstance(choice, AllowedResponseTools):
+        allowed = {"mode": choice.mode, "tools": [_named(tool) for tool in choice.tools]}
+        return {"type": choice.type, "allowed_tools": allowed}
     return choice
+
+
+def _named(tool: NamedResponseTool) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": tool.name}}
 
 
 def _response_format(request: ResponsesRequest) -> dict[str, Any] | None:

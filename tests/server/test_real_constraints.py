@@ -155,6 +155,26 @@ def test_required_and_named_calls(client: OpenAI, stream: bool, thinking: bool) 
                 assert choice == "required" and json.loads(call.function.arguments) == {}
 
 
+@pytest.mark.parametrize("mode", ["auto", "required"])
+def test_of_several_tools_some_are_allowed(client: OpenAI, mode: Literal["auto", "required"]) -> None:
+    function = {"type": "function", "function": {"name": "stop"}}
+    choice: Any = {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": [function]}}
+    text = "Save the person Anna, who is 31."
+    for seed in range(2):
+        asked: dict[str, Any] = ASK | {"temperature": 1.0, "seed": seed, "reasoning_effort": "none"}
+        answer = client.chat.completions.create(messages=[user(text)], tools=TOOLS, tool_choice=choice, **asked)
+        calls: Any = answer.choices[0].message.tool_calls or []
+        assert {call.function.name for call in calls} <= {"stop"} and (calls or mode == "auto")
+    tools: Any = [{"type": "function", **tool["function"]} for tool in TOOLS]
+    choice = {"type": "allowed_tools", "mode": mode, "tools": [{"type": "function", "name": "stop"}]}
+    response = client.responses.create(
+        model=DEMO_MODEL, input=text, tools=tools, tool_choice=choice, temperature=0, max_output_tokens=300
+    )
+    names = {item.name for item in response.output if item.type == "function_call"}
+    assert names == {"stop"} if mode == "required" else names <= {"stop"}
+    assert response.tool_choice.model_dump() == choice  # type: ignore[union-attr]
+
+
 def test_strict_tools_under_auto(client: OpenAI) -> None:
     schema = {"type": "object", "properties": {"city": {"enum": ["ROME"]}}, "required": ["city"]}
     function = {"name": "get_weather", "description": "Get the weather of a city", "parameters": schema}

@@ -55,6 +55,11 @@ def fold(chunks: list[Any], index: int = 0) -> dict[str, Any]:
     return result
 
 
+def allowed(mode: str, *names: str) -> dict[str, Any]:
+    tools = [{"type": "function", "function": {"name": name}} for name in names]
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}
+
+
 def calls_of(message: dict[str, Any]) -> list[list[str]]:
     return [[call["function"]["name"], call["function"]["arguments"]] for call in message.get("tool_calls", [])]
 
@@ -187,12 +192,33 @@ def test_results_are_put_into_the_order_of_the_calls(messages: list[Any], order:
         ({"tools": TOOLS, "tool_choice": "maybe"}, "tool_choice"),
         ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "other"}}}, "tool_choice"),
         ({"tool_choice": "required"}, "tool_choice"),
+        ({"tools": TOOLS, "tool_choice": allowed("auto", "other")}, "tool_choice"),
+        ({"tool_choice": allowed("required", "get_time")}, "tool_choice"),
     ],
 )
 def test_refused(fields: dict[str, Any], param: str | None) -> None:
     response = post(CHAT, chat_body(**fields))
     assert response.status_code == 400
     assert response.json()["error"]["param"] == param, response.text
+
+
+def test_of_the_tools_allowed_the_model_hears_of_all_and_calls_only_those() -> None:
+    other = {"type": "function", "function": {"name": "stop"}}
+    tools = [*TOOLS, other]
+    prompts = []
+    for mode, constrained in (("auto", True), ("required", True), (None, False)):
+        engine = engine_of("Fine.")
+        chat(engine, tools=tools, **({"tool_choice": allowed(mode, "stop")} if mode else {}))
+        [(request_id, (prompt, _, _))] = engine.seen.items()
+        prompts.append(prompt)
+        constraint = engine.constraints[request_id]
+        assert (constraint is not None) == constrained
+        if constraint is not None:
+            assert "stop" in constraint.grammar.data and "get_time" not in constraint.grammar.data
+    assert prompts[0] == prompts[1] == prompts[2]
+    engine = engine_of("Fine.")
+    chat(engine, tools=tools, tool_choice=allowed("auto", "get_time", "stop"))
+    assert list(engine.constraints.values()) == [None], "all are allowed"
 
 
 def test_formats_are_told_from_the_template() -> None:

@@ -47,16 +47,17 @@ def answer_shape(
     """The shape of an answer that may, must or must not hold calls; None: any text."""
     if not options.offered_tools or tool_format is None:
         return output
-    is_strict = any(tool.function.strict for tool in options.offered_tools)
-    if not options.must_call and output is None and not is_strict:
+    tools = options.callable_tools
+    is_bound = len(tools) < len(options.offered_tools) or any(tool.function.strict for tool in tools)
+    if not options.must_call and output is None and not is_bound:
         return None
     calls = CallShapes(tool_format, tokenizer)
     several = options.parallel_tool_calls is not False
     if options.must_call:
-        return calls.block(options.callable_tools, several=several)
+        return calls.block(tools, several=several)
     if output is not None:
-        return _either([output, calls.block(options.callable_tools, several=several)])
-    return calls.text_or_block(options.callable_tools, several=several)
+        return _either([output, calls.block(tools, several=several)])
+    return calls.text_or_block(tools, several=several)
 
 
 class CallShapes:

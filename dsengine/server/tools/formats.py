@@ -34,7 +34,7 @@ You have access to the following tools:
 
 IMPORTANT: ALWAYS adhere to this exact format for tool use:
 <｜tool▁calls▁begin｜><｜tool▁call▁begin｜>tool_call_name<｜tool▁sep｜>tool_call_arguments<｜tool▁call▁end｜>\
-{{{{additional_tool_calls}}}}<｜tool▁calls▁end｜>
+{{additional_tool_calls}}<｜tool▁calls▁end｜>
 
 Where:
 - `tool_call_name` must be an exact match to one of the available tools
