@@ -16,7 +16,7 @@ from dsengine.engine.messages import TokenLogprob
 from dsengine.server.generation import Delta, Job
 from dsengine.server.grammar.shapes import answer_shape, output_shape
 from dsengine.server.logprobs import chat_logprobs, prompt_logprobs
-from dsengine.server.protocol import ChatCompletionRequest
+from dsengine.server.protocol import ChatCompletionRequest, UsageIn
 from dsengine.server.reasoning import ReasoningSplitter
 from dsengine.server.responses import EventStream, json_response
 from dsengine.server.service import Service, new_id
@@ -34,7 +34,7 @@ async def chat_completions(service: Service, request: ChatCompletionRequest) -> 
     """
     chat = await start_chat(service, request, new_id("chatcmpl"))
     if request.stream:
-        chunks = chat.chunks(include_usage=request.wants_usage)
+        chunks = chat.chunks(request.usage_in)
         # The first chunk tells whether the engine took the request: until then an error still has its own status.
         return EventStream(await anext(chunks), chunks)
     return json_response(await chat.complete())
@@ -85,15 +85,19 @@ class Chat:
         self.usage = Usage([jobs[0].prompt_token_ids], len(jobs))
         self._prompt_logprobs: list[dict[str, Any] | None] | None = None
 
-    async def chunks(self, *, include_usage: bool) -> AsyncGenerator[dict[str, Any], None]:
+    async def chunks(self, usage_in: UsageIn) -> AsyncGenerator[dict[str, Any], None]:
         """The chunks of the stream, without the final `[DONE]`."""
-        extra: dict[str, Any] = {"usage": None} if include_usage else {}
         async with contextlib.aclosing(self.pieces()) as pieces:
             async for piece in pieces:
-                yield {**self._head, "object": "chat.completion.chunk", "choices": [piece], **extra}
-        if include_usage:
-            usage = self.usage.body()
-            yield {**self._head, "object": "chat.completion.chunk", "choices": [], "usage": usage}
+                yield {
+                    **self._head,
+                    "object": "chat.completion.chunk",
+                    "choices": [piece],
+                    **self.usage.of_chunk(usage_in),
+                }
+        if usage_in != "none":
+            last = {"choices": [], "usage": self.usage.body()}
+            yield {**self._head, "object": "chat.completion.chunk", **last}
 
     async def complete(self) -> dict[str, Any]:
         """The whole answer."""
@@ -118,9 +122,10 @@ class Chat:
                     opened = True
                     for each in self._choices:
                         yield each.opening()
-                for piece in choice.advance(delta):
+                pieces = list(choice.advance(delta))
+                self.usage.reasoning_tokens = sum(each.reasoning_tokens for each in self._choices)
+                for piece in pieces:
                     yield piece
-        self.usage.reasoning_tokens = sum(choice.reasoning_tokens for choice in self._choices)
 
 
 class _Choice:

@@ -21,7 +21,7 @@ from dsengine.server.fim import fim_prompt
 from dsengine.server.generation import Delta, Job
 from dsengine.server.grammar.shapes import output_shape
 from dsengine.server.logprobs import CompletionLogprobs, prompt_logprobs
-from dsengine.server.protocol import CompletionRequest
+from dsengine.server.protocol import CompletionRequest, UsageIn
 from dsengine.server.responses import EventStream, json_response
 from dsengine.server.service import Service, new_id
 from dsengine.server.usage import Usage
@@ -51,7 +51,7 @@ async def completions(service: Service, request: CompletionRequest) -> Response:
     jobs = service.jobs(response_id, prompts, params, request, constraint)
     completion = _Completion(service, request, response_id, jobs)
     if request.stream:
-        chunks = completion.chunks(include_usage=request.wants_usage)
+        chunks = completion.chunks(request.usage_in)
         return EventStream(await anext(chunks), chunks)
     return json_response(await completion.complete())
 
@@ -94,13 +94,12 @@ class _Completion:
         }
         self._usage = Usage([job.prompt_token_ids for job in jobs[::n]], n)
 
-    async def chunks(self, *, include_usage: bool) -> AsyncGenerator[dict[str, Any], None]:
+    async def chunks(self, usage_in: UsageIn) -> AsyncGenerator[dict[str, Any], None]:
         """The chunks of the stream, without the final `[DONE]`."""
-        extra: dict[str, Any] = {"usage": None} if include_usage else {}
         async with contextlib.aclosing(self._pieces()) as pieces:
             async for piece in pieces:
-                yield {**self._head, "choices": [piece], **extra}
-        if include_usage:
+                yield {**self._head, "choices": [piece], **self._usage.of_chunk(usage_in)}
+        if usage_in != "none":
             yield {**self._head, "choices": [], "usage": self._usage.body()}
 
     async def complete(self) -> dict[str, Any]:

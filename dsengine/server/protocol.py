@@ -37,12 +37,21 @@ Prompt = Annotated[TokenIds, Field(min_length=1)]
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 
 
+# Which chunks of a stream tell the tokens so far.
+UsageIn = Literal["none", "last", "every"]
 ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 
 class StreamOptions(Strict):
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
     include_obfuscation: bool | None = None
+
+    @property
+    def usage_in(self) -> UsageIn:
+        if not self.include_usage:
+            return "none"
+        return "every" if self.continuous_usage_stats else "last"
 
 
 class _Sampling(OutputOptions):
@@ -94,8 +103,8 @@ class _Sampling(OutputOptions):
         return tuple(self.stop or ())
 
     @property
-    def wants_usage(self) -> bool:
-        return bool(self.stream_options and self.stream_options.include_usage)
+    def usage_in(self) -> UsageIn:
+        return self.stream_options.usage_in if self.stream_options is not None else "none"
 
     @model_validator(mode="after")
     def _check_constraint(self) -> Self:

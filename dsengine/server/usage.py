@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dsengine.server.generation import Delta
+from dsengine.server.protocol import UsageIn
 
 
 class Usage:
@@ -27,6 +28,12 @@ class Usage:
         # A prompt's further continuations find the first one's blocks, which says nothing about the client's caching.
         if delta.index % self._n == 0:
             self._cached[delta.index] = max(self._cached.get(delta.index, 0), delta.cached_tokens)
+
+    def of_chunk(self, usage_in: UsageIn) -> dict[str, Any]:
+        """What a chunk with text says of usage, as OpenAI has it: null where only the last chunk will tell."""
+        if usage_in == "none":
+            return {}
+        return {"usage": self.body() if usage_in == "every" else None}
 
     def body(self) -> dict[str, Any]:
         details = {"reasoning_tokens": self.reasoning_tokens}

@@ -82,6 +82,17 @@ def test_chat_stream_adds_up_to_the_answer(tokens_per_update: int, extra: dict[s
             assert len(entries) == whole["usage"]["completion_tokens"]
 
 
+@pytest.mark.parametrize("route", [chat, complete])
+def test_usage_on_every_chunk(route: Any) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    whole, chunks = route(), route(stream=True, stream_options=options)
+    counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
+    assert counts == sorted(counts) and len(set(counts)) > 3
+    assert chunks[-1]["choices"] == [] and chunks[-1]["usage"] == chunks[-2]["usage"] == whole["usage"]
+    only = route(stream=True, stream_options={"continuous_usage_stats": True})
+    assert all("usage" not in chunk for chunk in only)
+
+
 def test_chat_answer_in_full() -> None:
     answer = chat()
     (choice,) = answer["choices"]
