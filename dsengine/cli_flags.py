@@ -86,7 +86,8 @@ def _add_flag(group: Any, field: dataclasses.Field[Any], hint: Any) -> None:
     elif typing.get_origin(kind) is tuple and typing.get_args(kind)[0] is int:
         group.add_argument(*names, nargs="+", type=int, metavar="N", help=text, **options)
     elif typing.get_origin(kind) is tuple:
-        group.add_argument(*names, action="append", metavar="OP=BACKEND", help=text, **options)
+        metavar = "OP=BACKEND" if field.name == "kernel" else field.name.upper()
+        group.add_argument(*names, action="append", metavar=metavar, help=text, **options)
     elif typing.get_origin(kind) is Literal:
         choices = typing.get_args(kind)
         metavar = "{" + ",".join(choices) + "}"

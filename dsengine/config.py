@@ -180,7 +180,11 @@ class ServerConfig:
     host: str = _option("127.0.0.1", "Address to listen on.")
     port: int = _option(30000, "Port to listen on.")
     served_model_name: str | None = _option(None, "Name clients use for the model; default: the name it was loaded by.")
-    api_key: str | None = _option(None, "Clients must send this key as a bearer token (all routes but /health).")
+    api_key: tuple[str, ...] = _option(
+        (),
+        "Clients must send this key as a bearer token (all routes but /health). May be repeated: holders of different "
+        "keys share no cached prefixes.",
+    )
     enable_admin: bool = _option(False, "Serve /abort_request, /pause and /continue, to holders of the admin key.")
     admin_api_key: str | None = _option(None, "Bearer token of the admin routes; --enable-admin needs one.")
     thinking: bool | None = _option(
@@ -203,7 +207,10 @@ class ServerConfig:
         if self.enable_admin != bool(self.admin_api_key):
             missing = "admin_api_key" if self.enable_admin else "enable_admin"
             raise ValueError(f"{missing} is missing: enable_admin and admin_api_key go together")
-        if self.admin_api_key is not None and self.admin_api_key == self.api_key:
+        object.__setattr__(self, "api_key", (self.api_key,) if isinstance(self.api_key, str) else tuple(self.api_key))
+        if "" in self.api_key:
+            raise ValueError("api_key is empty; give a key that cannot be guessed, or none")
+        if self.admin_api_key in self.api_key:
             raise ValueError("admin_api_key is the same as api_key; administrators need a key of their own")
         if self.drain_timeout < 0:
             raise ValueError(f"drain_timeout is {self.drain_timeout}; it must not be negative")

@@ -28,7 +28,7 @@ from dsengine.server.anthropic import count_tokens, messages
 from dsengine.server.chat import chat_completions
 from dsengine.server.completions import completions
 from dsengine.server.encoding import InvalidJson, decode_json
-from dsengine.server.front_door import FrontDoor
+from dsengine.server.front_door import KEY_DIGEST, FrontDoor
 from dsengine.server.generation import Job
 from dsengine.server.openai_responses import responses
 from dsengine.server.protocol import ChatCompletionRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
@@ -96,7 +96,7 @@ class App:
             self.routes,
             service.lifecycle,
             service.metrics,
-            api_key=service.config.api_key,
+            api_keys=service.config.api_key,
             admin_api_key=service.config.admin_api_key,
             max_body_bytes=service.config.max_body_bytes,
         )
@@ -106,21 +106,24 @@ class App:
 
 
 def _add_generation_routes(app: FastAPI, service: Service) -> None:
+    def tenant(request: Request) -> Service:
+        return service.for_key(request.scope[KEY_DIGEST])
+
     @app.post("/v1/chat/completions", response_model=None)
     async def chat(body: ChatCompletionRequest, request: Request) -> Response:
-        return await until_disconnect(request, chat_completions(service, body))
+        return await until_disconnect(request, chat_completions(tenant(request), body))
 
     @app.post("/v1/completions", response_model=None)
     async def complete(body: CompletionRequest, request: Request) -> Response:
-        return await until_disconnect(request, completions(service, body))
+        return await until_disconnect(request, completions(tenant(request), body))
 
     @app.post("/v1/responses", response_model=None)
     async def respond(body: ResponsesRequest, request: Request) -> Response:
-        return await until_disconnect(request, responses(service, body))
+        return await until_disconnect(request, responses(tenant(request), body))
 
     @app.post("/v1/messages", response_model=None)
     async def anthropic_messages(body: MessagesRequest, request: Request) -> Response:
-        return await until_disconnect(request, messages(service, body))
+        return await until_disconnect(request, messages(tenant(request), body))
 
     @app.post("/v1/messages/count_tokens", response_model=None)
     async def anthropic_count(body: CountTokensRequest) -> Response:

@@ -14,6 +14,7 @@ import logging
 import re
 import time
 import uuid
+from collections.abc import Sequence
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -27,6 +28,7 @@ logger = logging.getLogger(__name__)
 OPEN_PATHS = frozenset({"/health"})
 ADMIN_PATHS = frozenset({"/abort_request", "/pause", "/continue"})
 _WHILE_DRAINING = frozenset({"/health", "/metrics"})
+KEY_DIGEST = "dsengine.key_digest"
 MAX_HEADERS = 100
 MAX_HEADER_BYTES = 64 * 1024
 BODY_SECONDS = 30.0
@@ -37,7 +39,8 @@ class FrontDoor:
     """Outermost application.
 
     Args:
-        api_key: every path but /health needs it; None needs none.
+        api_keys: every path but /health needs one of them, unless there is none. The digest of the key that a request
+            came with is left in its scope, under `KEY_DIGEST`.
         admin_api_key: the admin routes need this one instead; None: there are none.
         max_body_bytes: larger bodies are refused while they stream in.
     """
@@ -48,15 +51,15 @@ class FrontDoor:
         lifecycle: Lifecycle,
         metrics: Metrics,
         *,
-        api_key: str | None,
+        api_keys: Sequence[str],
         admin_api_key: str | None,
         max_body_bytes: int,
     ) -> None:
         self._app = app
         self._lifecycle = lifecycle
         self._metrics = metrics
-        self._key_digest = _digest(api_key)
-        self._admin_digest = _digest(admin_api_key)
+        self._key_digests = [_digest(key.encode()) for key in api_keys]
+        self._admin_digests = [] if admin_api_key is None else [_digest(admin_api_key.encode())]
         self._max_body_bytes = max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -89,21 +92,27 @@ class FrontDoor:
         path, headers = scope["path"], scope["headers"]
         _check_header_size(headers)
         if path not in OPEN_PATHS:
-            is_admin = path in ADMIN_PATHS and self._admin_digest is not None
-            _authenticate(headers, self._admin_digest if is_admin else self._key_digest)
+            is_admin = path in ADMIN_PATHS and self._admin_digests
+            scope[KEY_DIGEST] = _authenticate(headers, self._admin_digests if is_admin else self._key_digests)
         if self._lifecycle.draining and path not in _WHILE_DRAINING:
             raise shutting_down()
         _check_content(headers, self._max_body_bytes)
 
 
-def _digest(key: str | None) -> bytes | None:
-    return None if key is None else hashlib.sha256(key.encode()).digest()
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()
 
 
-def _authenticate(headers: list[tuple[bytes, bytes]], wanted: bytes | None) -> None:
-    if wanted is not None and not hmac.compare_digest(hashlib.sha256(_given_key(headers)).digest(), wanted):
+def _authenticate(headers: list[tuple[bytes, bytes]], wanted: Sequence[bytes]) -> bytes:
+    """The digest of the key given; empty where none is wanted."""
+    if not wanted:
+        return b""
+    given = _digest(_given_key(headers))
+    matches = [hmac.compare_digest(given, digest) for digest in wanted]  # all of them, in the same time
+    if not any(matches):
         message = "A valid API key is required: send it as 'Authorization: Bearer KEY'."
         raise ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+    return given
 
 
 def _given_key(headers: list[tuple[bytes, bytes]]) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import hashlib
 import hmac
 import time
@@ -79,6 +80,13 @@ class Service:
         self.metrics = Metrics(lambda: engine.stats, time.monotonic)
         self.lifecycle = Lifecycle(self.metrics)
         self._threads = ThreadPoolExecutor(_TOKENIZER_THREADS, thread_name_prefix="tokenizer")
+        self._key_digest = b""
+
+    def for_key(self, digest: bytes) -> Service:
+        """The same, for requests that came with the key of this digest; it is empty where no key is asked for."""
+        service = copy.copy(self)
+        service._key_digest = digest
+        return service
 
     async def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
@@ -243,9 +251,7 @@ class Service:
 
     def _cache_salt(self, salt: str) -> str:
         # Prefixes cached for one key must not show, by their timing, to holders of another.
-        if self.config.api_key is None:
-            return salt
-        return hmac.new(self.config.api_key.encode(), salt.encode(), hashlib.sha256).hexdigest()
+        return hmac.new(self._key_digest, salt.encode(), hashlib.sha256).hexdigest() if self._key_digest else salt
 
     def _check_ids(self, token_ids: Sequence[int] | dict[int, float], param: str) -> None:
         size = self.engine.info.vocab_size

@@ -15,6 +15,7 @@ from server_helpers import CHECKPOINT_DIR, MODEL, ScriptedEngine, client_of, mak
 from starlette.routing import Route
 from test_bad_input import check_error
 
+from dsengine.config import ServerConfig
 from dsengine.server import front_door
 from dsengine.server.app import App
 from dsengine.tokenizer.tokenizer import Tokenizer
@@ -239,7 +240,13 @@ def test_salts_of_different_keys_never_meet() -> None:
         engine = ScriptedEngine(tokenizer())
         key = fields.pop("api_key")
         headers = [(b"authorization", f"Bearer {key}".encode())] if key else []
-        response = send(make_app(engine, api_key=key), "POST", "/v1/completions", json=BODY | fields, headers=headers)
+        response = send(
+            make_app(engine, api_key=(key,) if key else ()),
+            "POST",
+            "/v1/completions",
+            json=BODY | fields,
+            headers=headers,
+        )
         assert response.status_code == 200
         ((_, _, used),) = engine.seen.values()
         return used
@@ -247,3 +254,25 @@ def test_salts_of_different_keys_never_meet() -> None:
     assert salt(api_key=None) == "" and salt(api_key=None, cache_salt="s") == "s"
     salts = [salt(api_key=key, cache_salt=s) for key in ("a", "b") for s in ("", "s")]
     assert len(set(salts)) == 4 and not {"", "s", "a", "b"} & set(salts)
+
+
+def test_of_several_keys_each_has_a_salt_of_its_own() -> None:
+    engine = ScriptedEngine(tokenizer())
+    app = make_app(engine, api_key=("one", "two"))
+    bodies = {
+        "/v1/completions": BODY,
+        "/v1/chat/completions": {"messages": [{"role": "user", "content": "Hi"}], "model": MODEL},
+        "/v1/responses": {"input": "Hi", "model": MODEL},
+        "/v1/messages": {"messages": [{"role": "user", "content": "Hi"}], "model": MODEL, "max_tokens": 4},
+    }
+    salts: dict[str, set[str]] = {}
+    for key, status in (("one", 200), ("two", 200), ("onetwo", 401), ("", 401)):
+        for path, body in bodies.items():
+            engine.seen.clear()
+            assert send(app, "POST", path, json=body, headers={"Authorization": f"Bearer {key}"}).status_code == status
+            salts.setdefault(key, set()).update(used for _, _, used in engine.seen.values())
+    assert [len(found) for found in salts.values()] == [1, 1, 0, 0] and salts["one"] != salts["two"]
+    with pytest.raises(ValueError, match="api_key is empty"):
+        ServerConfig(api_key=("one", ""))
+    with pytest.raises(ValueError, match="of their own"):
+        ServerConfig(enable_admin=True, admin_api_key="two", api_key=("one", "two"))
