@@ -45,6 +45,7 @@ class BatchInputs:
     logits_indices: Int64Array
     open_tokens: Int64Array
     open_sources: Int64Array
+    rank_tokens: tuple[int, ...] | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -91,12 +92,14 @@ def build_inputs(
     logits_indices: Sequence[int],
     block_size: int,
     drawn_rows: Mapping[Request, int],
+    rank_tokens: tuple[int, ...] | None = None,
 ) -> BatchInputs:
     """Flatten scheduled requests, absorbed ones first. The places of drafts stay 0 until a tree fills them.
 
     Args:
         logits_indices: tokens whose logits are wanted.
         drawn_rows: row of each request among the tokens that the previous step draws.
+        rank_tokens: tokens of every attention-DP rank in this pass, where there are several.
     """
     token_ids: list[int] = []
     open_tokens: list[int] = []
@@ -116,6 +119,7 @@ def build_inputs(
         logits_indices=np.array(logits_indices, dtype=np.int64),
         open_tokens=np.array(open_tokens, dtype=np.int64),
         open_sources=np.array(open_sources, dtype=np.int64),
+        rank_tokens=rank_tokens,
     )
 
 
@@ -156,7 +160,7 @@ def lay_out(ordered: Sequence[ScheduledRequest], num_tokens: Sequence[int], bloc
 
 def table_of(requests: Sequence[Request], num_blocks: Int64Array) -> Int32Array:
     """The first so many cache blocks of each request, padded with 0."""
-    table = np.zeros((len(requests), int(num_blocks.max())), dtype=np.int32)
+    table = np.zeros((len(requests), int(num_blocks.max(initial=0))), dtype=np.int32)
     for row, (request, count) in enumerate(zip(requests, num_blocks.tolist(), strict=True)):
         table[row, :count] = request.block_table[:count]
     return table

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 import torch
 
+from dsengine.engine.agreement import Agreement, Alone
 from dsengine.engine.batch import ScheduledBatch, ScheduledRequest
 from dsengine.engine.grammar import GrammarStore
 from dsengine.engine.launch import LaunchedStep, StepLauncher
@@ -36,6 +37,7 @@ class EngineCore:
         eos_token_ids: ids that end a request which does not ignore them.
         seed: seeds the draws of requests that bring no seed of their own.
         book: of the drafts, where the launcher's runner has a speculator.
+        agreement: with the other ranks that run the model; None: there are none.
     """
 
     def __init__(
@@ -48,10 +50,12 @@ class EngineCore:
         seed: int,
         overlap: bool = False,
         book: SpeculationBook | None = None,
+        agreement: Agreement | None = None,
     ) -> None:
         assert book is None or not overlap, "a step with drafts is committed before the next one is scheduled"
         self.info = info
         self._book = book
+        self._agreement = agreement if agreement is not None else Alone()
         self.overlap = overlap
         self._scheduler = scheduler
         self._launcher = launcher
@@ -66,19 +70,32 @@ class EngineCore:
         return self._launcher.runner.model
 
     @property
+    def num_steps(self) -> int:
+        """Steps that were launched."""
+        return self._num_steps
+
+    @property
     def has_work(self) -> bool:
         return self._scheduler.has_work
+
+    def check_request(self, message: AddRequest) -> None:
+        """Prove that a request can run, as far as it can be known beforehand.
+
+        Raises:
+            ValueError: it never can: empty, token ids outside the vocabulary, longer than context or cache.
+        """
+        self._check_token_ids("prompt", message.prompt_token_ids)
+        self._check_token_ids("logit_bias", message.params.logit_bias or ())
+        self._scheduler.check_prompt(len(message.prompt_token_ids))
 
     def add_request(self, message: AddRequest, now: float) -> None:
         """Queue a request.
 
         Raises:
-            ValueError: it can never run: empty, token ids outside the vocabulary, longer than context or cache, or with
-                a grammar that has not been sent.
+            ValueError: as `check_request`; or its id is in use, or its grammar has not been sent.
         """
+        self.check_request(message)
         params = message.params
-        self._check_token_ids("prompt", message.prompt_token_ids)
-        self._check_token_ids("logit_bias", params.logit_bias or ())
         request = Request(
             request_id=message.request_id,
             prompt_token_ids=message.prompt_token_ids,
@@ -121,12 +138,13 @@ class EngineCore:
 
     def _launch(self, now: float) -> LaunchedStep | None:
         """Schedules a step and queues it on the device; None when there is nothing to compute."""
-        tree = self._book.choose(self._scheduler.load()) if self._book is not None else None
+        tree = self._agreement.tree(self._book.choose(self._scheduler.load())) if self._book is not None else None
         batch = self._scheduler.schedule(now, tree)
-        if batch.is_empty:
+        rank_tokens = self._agreement.step(batch)
+        if batch.is_empty and not any(rank_tokens or ()):
             return None
         self._num_steps += 1
-        launched = self._launcher.launch(batch, self._under_way)
+        launched = self._launcher.launch(batch, self._under_way, rank_tokens)
         self._scheduler.advance(batch)
         return launched
 

@@ -124,13 +124,16 @@ class StepLauncher:
         self._sampler = sampler
         self._queue = queue
 
-    def launch(self, batch: ScheduledBatch, previous: LaunchedStep | None) -> LaunchedStep:
+    def launch(
+        self, batch: ScheduledBatch, previous: LaunchedStep | None, rank_tokens: tuple[int, ...] | None = None
+    ) -> LaunchedStep:
         """Prepare a step and queue its work.
 
         Args:
             previous: the step before, if its tokens are not on the host yet.
+            rank_tokens: of every attention-DP rank, where there are several.
         """
-        prepared = self.runner.prepare(batch, previous.drawn_rows if previous is not None else {})
+        prepared = self.runner.prepare(batch, previous.drawn_rows if previous is not None else {}, rank_tokens)
         return LaunchedStep(batch, prepared, self._queue.submit(lambda: self.compute(prepared, previous)))
 
     @torch.inference_mode()

@@ -93,15 +93,21 @@ class ModelRunner:
         self.tree_graphs = tree_graphs
         self.device = pool.layers[0].device
 
-    def prepare(self, batch: ScheduledBatch, drawn_rows: Mapping[Request, int]) -> PreparedStep:
+    def prepare(
+        self,
+        batch: ScheduledBatch,
+        drawn_rows: Mapping[Request, int],
+        rank_tokens: tuple[int, ...] | None = None,
+    ) -> PreparedStep:
         """Work out a step on the host.
 
         Args:
             drawn_rows: row of each request among the tokens that the previous step draws.
+            rank_tokens: tokens of every attention-DP rank in this step; this one's may be none.
         """
         ordered = sorted(batch.requests, key=_part)
         sampled, prompts, logits_indices = _plan_rows(ordered)
-        inputs = build_inputs(ordered, logits_indices, self.pool.block_size, drawn_rows)
+        inputs = build_inputs(ordered, logits_indices, self.pool.block_size, drawn_rows, rank_tokens)
         drafts = self.speculator.prepare(ordered, batch.tree) if self.speculator is not None else None
         return PreparedStep(inputs, tuple(sampled), tuple(prompts), drafts)
 

@@ -8,7 +8,7 @@ device, where the next step finds them; `DrawnTokens.fetch` brings them to the h
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -104,10 +104,14 @@ class Sampler:
 
     Args:
         num_valid_tokens: ids from here on are unknown to the tokenizer (DeepSeek pads its embedding) and never drawn.
+        agree: gives all ranks that share requests the same tokens, int64, which may be changed in place.
     """
 
-    def __init__(self, kernels: Kernels, num_valid_tokens: int) -> None:
+    def __init__(
+        self, kernels: Kernels, num_valid_tokens: int, agree: Callable[[Tensor], Tensor] = lambda tokens: tokens
+    ) -> None:
         self._kernels = kernels
+        self._agree = agree
         self._num_valid_tokens = num_valid_tokens
         self._editor = LogitEditor()
 
@@ -175,7 +179,7 @@ class Sampler:
         def column(values: Sequence[float], dtype: type[np.generic]) -> Tensor:
             return upload(np.repeat(np.array(values, dtype=dtype), rows_each), logits.device)
 
-        return self._kernels.sample(
+        token_ids = self._kernels.sample(
             logits,
             temperature=column([p.temperature for p in params], np.float32),
             top_k=column([max(p.top_k, 0) for p in params], np.int64),
@@ -184,6 +188,7 @@ class Sampler:
             seeds=column([r.seed for r in requests], np.int64),
             positions=positions,
         )
+        return self._agree(token_ids)
 
     def score(self, logits: Tensor, token_ids: Tensor, num_top: int) -> TokenScores:
         """Log-probabilities of given tokens, without waiting for the device.

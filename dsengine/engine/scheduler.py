@@ -88,15 +88,13 @@ class Scheduler:
     def has_work(self) -> bool:
         return bool(self._states)
 
-    def add(self, request: Request) -> None:
-        """Queues a new request.
+    def check_prompt(self, length: int) -> None:
+        """Proves that a prompt of so many tokens can run.
 
         Raises:
-            ValueError: its prompt is empty or can never fit, or its id is in use.
+            ValueError: it is empty or can never fit.
         """
-        length, limit = request.num_prompt_tokens, self.max_tokens_per_request
-        if request.request_id in self._states:
-            raise ValueError(f"request id {request.request_id!r} is in use")
+        limit = self.max_tokens_per_request
         if length < 1:
             raise ValueError("the prompt is empty; it needs at least one token")
         if length > self.config.context_length - 1:
@@ -109,7 +107,17 @@ class Scheduler:
                 f"the prompt has {length} tokens; the cache holds {limit} ({self._manager.num_blocks} blocks of "
                 f"{self.config.block_size}), of which one is needed for the output"
             )
-        state = SequenceState(request, self._num_added, StopRule.of(request, limit))
+
+    def add(self, request: Request) -> None:
+        """Queues a new request.
+
+        Raises:
+            ValueError: its prompt is empty or can never fit, or its id is in use.
+        """
+        if request.request_id in self._states:
+            raise ValueError(f"request id {request.request_id!r} is in use")
+        self.check_prompt(request.num_prompt_tokens)
+        state = SequenceState(request, self._num_added, StopRule.of(request, self.max_tokens_per_request))
         self._sharing.track(state)
         self._num_added += 1
         request.status = RequestStatus.WAITING

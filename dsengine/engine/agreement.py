@@ -1,0 +1,98 @@
+"""What the ranks that run one model must decide alike.
+
+Every rank has a scheduler of its own, fed with the same requests and the same time, so that it takes the same decisions
+without being told. What might still differ (a drawn token, by the last bit of a logit or by the time that a grammar
+took; the shape of a tree, by measured costs) is taken from the first rank of those that share requests. A digest of
+all decisions, compared now and then, proves that it is so.
+"""
+
+from __future__ import annotations
+
+import zlib
+from typing import TYPE_CHECKING, Protocol
+
+import msgspec
+from torch import Tensor
+
+from dsengine.engine.batch import ScheduledBatch
+from dsengine.specdec.shape import TreeShape
+
+if TYPE_CHECKING:
+    from dsengine.parallel.groups import World
+
+# Steps between two comparisons, where nothing else is exchanged in every step.
+_COMPARED_EVERY = 32
+
+
+class RanksDisagreeError(RuntimeError):
+    """Ranks that must decide alike have not: a bug, or broken hardware."""
+
+
+class Agreement(Protocol):
+    """Asked by the engine wherever ranks might differ; every rank asks the same questions in the same order."""
+
+    def tokens(self, token_ids: Tensor) -> Tensor:
+        """Drawn tokens, int64 on the device; changed in place."""
+
+    def tree(self, wish: TreeShape | None) -> TreeShape | None:
+        """The shape of the next step's trees."""
+
+    def step(self, batch: ScheduledBatch) -> tuple[int, ...] | None:
+        """Enter what was scheduled; returns the tokens of every group of ranks with requests of its own, None where
+        there is one group only."""
+
+
+class Alone:
+    """The agreement of a single process."""
+
+    def tokens(self, token_ids: Tensor) -> Tensor:
+        return token_ids
+
+    def tree(self, wish: TreeShape | None) -> TreeShape | None:
+        return wish
+
+    def step(self, batch: ScheduledBatch) -> tuple[int, ...] | None:
+        return None
+
+
+class RankAgreement:
+    """The agreement of the ranks of a world."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._digest = 0
+        self._num_steps = 0
+
+    def tokens(self, token_ids: Tensor) -> Tensor:
+        return self._world.attention.broadcast(token_ids)
+
+    def tree(self, wish: TreeShape | None) -> TreeShape | None:
+        values = (0, 0, 0) if wish is None else (wish.steps, wish.topk, wish.num_nodes)
+        agreed = self._world.all_gather_ints(values)[0]
+        return TreeShape(*agreed) if any(agreed) else None
+
+    def step(self, batch: ScheduledBatch) -> tuple[int, ...] | None:
+        self._digest = zlib.crc32(_essence(batch), self._digest)
+        self._num_steps += 1
+        world = self._world
+        if world.dp_size == 1:
+            if self._num_steps % _COMPARED_EVERY == 0:
+                self._compare([digest for [digest] in world.all_gather_ints([self._digest])])
+            return None
+        loads, digests = zip(*world.all_gather_ints([batch.num_tokens, self._digest]), strict=True)
+        self._compare(digests)
+        return tuple(loads[:: world.attention.size])
+
+    def _compare(self, digests: list[int] | tuple[int, ...]) -> None:
+        width = self._world.attention.size
+        for rank, digest in enumerate(digests):
+            if digest != digests[rank // width * width]:
+                raise RanksDisagreeError(
+                    f"ranks {rank // width * width} and {rank} have scheduled differently by step {self._num_steps}"
+                )
+
+
+def _essence(batch: ScheduledBatch) -> bytes:
+    return msgspec.msgpack.encode(
+        [(s.request.request_id, s.start, s.num_tokens, s.num_drafts, s.samples) for s in batch.requests]
+    )
