@@ -88,13 +88,19 @@ class AsyncEngine:
         on_failure: what follows when the engine process dies: "restart" starts a new one; "exit" leaves it dead and
             sets `failed`.
         show_progress: show a progress bar while the engine loads.
+        module: what runs as the engine's process.
 
     Raises:
         ValueError: the checkpoint cannot be found or its tokenizer cannot be used.
     """
 
     def __init__(
-        self, config: EngineConfig, *, on_failure: EngineFailurePolicy = "restart", show_progress: bool = False
+        self,
+        config: EngineConfig,
+        *,
+        on_failure: EngineFailurePolicy = "restart",
+        show_progress: bool = False,
+        module: str = "dsengine.engine.process",
     ) -> None:
         self.config = config
         self.checkpoint = resolve_checkpoint(config.model_or_demo, config.revision)
@@ -104,6 +110,7 @@ class AsyncEngine:
         self._info: EngineInfo | None = None
         self._on_failure = on_failure
         self._show_progress = show_progress
+        self._module = module
         self._streams: dict[str, _Stream] = {}
         self._calls: dict[int, asyncio.Future[dict[str, object]]] = {}
         self._next_call_id = 0
@@ -248,7 +255,7 @@ class AsyncEngine:
             num_valid_tokens=self.tokenizer.vocab_size,
             show_progress=self._show_progress,
         )
-        self._connection = await _Connection.open(args)
+        self._connection = await _Connection.open(args, self._module)
         self._grammars.reset()
         message = await self._connection.first_message(self._decoder)
         if isinstance(message, EngineInfo):
@@ -347,7 +354,7 @@ class _Connection:
         self._folder = folder
 
     @classmethod
-    async def open(cls, args: EngineProcessArgs) -> _Connection:
+    async def open(cls, args: EngineProcessArgs, module: str) -> _Connection:
         # A fresh folder that only this user may enter, and a fresh socket in it: a dead engine leaves nothing behind.
         folder = tempfile.TemporaryDirectory(prefix="dsengine-")
         address = f"ipc://{Path(folder.name) / 'engine.sock'}"
@@ -359,7 +366,7 @@ class _Connection:
         socket.bind(address)
         # Its own session: Ctrl-C at the terminal is for the server, which then stops the engine in good order.
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "dsengine.engine.process", stdin=asyncio.subprocess.PIPE, start_new_session=True
+            sys.executable, "-m", module, stdin=asyncio.subprocess.PIPE, start_new_session=True
         )
         assert process.stdin is not None
         process.stdin.write(msgspec.json.encode(msgspec.structs.replace(args, address=address)) + b"\n")
