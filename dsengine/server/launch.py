@@ -36,8 +36,14 @@ _KEEP_ALIVE_SECONDS = 5
 _CLOSING_SECONDS = 3
 
 
-def serve(engine_config: EngineConfig, server_config: ServerConfig) -> int:
-    """Serve until told to stop; returns the exit status: 0, 1 when the engine failed, 2 for a user's mistake."""
+def serve(
+    engine_config: EngineConfig, server_config: ServerConfig, *, engine_module: str = "dsengine.engine.process"
+) -> int:
+    """Serve until told to stop; returns the exit status: 0, 1 when the engine failed, 2 for a user's mistake.
+
+    Args:
+        engine_module: what runs as the engine's process.
+    """
     _configure_logging(server_config.log_level)
     try:
         listener = _listen(server_config.host, server_config.port)
@@ -45,15 +51,18 @@ def serve(engine_config: EngineConfig, server_config: ServerConfig) -> int:
         print(f"dsengine: error: {_explain_listen_error(server_config, error)}", file=sys.stderr)
         return EXIT_USER_ERROR
     with contextlib.closing(listener):
-        return asyncio.run(_Launcher(engine_config, server_config, listener).run())
+        return asyncio.run(_Launcher(engine_config, server_config, engine_module, listener).run())
 
 
 class _Launcher:
     """One life of the server."""
 
-    def __init__(self, engine_config: EngineConfig, server_config: ServerConfig, listener: socket.socket) -> None:
+    def __init__(
+        self, engine_config: EngineConfig, server_config: ServerConfig, engine_module: str, listener: socket.socket
+    ) -> None:
         self._engine_config = engine_config
         self._config = server_config
+        self._engine_module = engine_module
         self._listener = listener
         self._signals = 0
         self._stop = asyncio.Event()
@@ -65,7 +74,12 @@ class _Launcher:
             loop.add_signal_handler(number, self._on_signal)
         try:
             progress = sys.stderr.isatty()
-            engine = AsyncEngine(self._engine_config, on_failure=self._config.on_engine_failure, show_progress=progress)
+            engine = AsyncEngine(
+                self._engine_config,
+                on_failure=self._config.on_engine_failure,
+                show_progress=progress,
+                module=self._engine_module,
+            )
         except (ValueError, OSError) as error:
             return _refuse(error, EXIT_USER_ERROR)
         try:
