@@ -120,6 +120,9 @@ class EngineConfig:
     speculative_adaptive: bool | None = _option(
         None, "Choose each step's tree by acceptance and load, up to the size given; default: on."
     )
+    disable_jump_forward: bool = _option(
+        False, "Do not propose the texts that a grammar leaves no choice about; draw them token by token."
+    )
     seed: int = _option(0, "Seeds the draws of requests that bring no seed.", "--random-seed")
     num_threads: int | None = _option(None, "CPU threads of the engine; default: all cores.")
 

@@ -39,11 +39,13 @@ class ScheduledBatch:
     Attributes:
         preempted: requests that lost their blocks and wait again.
         tree: shape of the trees of those requests that have drafts.
+        only_proposals: those are chains that grammars propose; there is nothing for a drafter to do.
     """
 
     requests: list[ScheduledRequest] = field(default_factory=list)
     preempted: list[Request] = field(default_factory=list)
     tree: TreeShape | None = None
+    only_proposals: bool = False
 
     @property
     def num_tokens(self) -> int:

@@ -12,6 +12,7 @@ from dsengine.config import EngineConfig
 from dsengine.engine.core import EngineCore
 from dsengine.engine.cuda_graphs import CudaGraphs
 from dsengine.engine.device_setup import CacheRow, DeviceSetup, available_memory, refusing, total_memory
+from dsengine.engine.jump_forward import JumpForward
 from dsengine.engine.launch import DeviceQueue, DirectQueue, StepLauncher
 from dsengine.engine.memory_probe import CudaMemory
 from dsengine.engine.messages import EngineInfo
@@ -102,6 +103,7 @@ def build_engine(
         seed=config.seed,
         overlap=overlap,
         book=book,
+        jumps=None if config.disable_jump_forward else JumpForward(config.max_running_requests),
     )
 
 

@@ -13,11 +13,13 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
+import msgspec
 import torch
 
 from dsengine.engine.agreement import Agreement, Alone
 from dsengine.engine.batch import ScheduledBatch, ScheduledRequest
 from dsengine.engine.grammar import GrammarStore
+from dsengine.engine.jump_forward import JumpForward
 from dsengine.engine.launch import LaunchedStep, StepLauncher
 from dsengine.engine.messages import AddRequest, EngineInfo, EngineStats, RequestUpdate, StepOutput, TokenLogprob
 from dsengine.engine.request import Request
@@ -36,7 +38,8 @@ class EngineCore:
         overlap: launch each step before the results of the one before it are entered.
         eos_token_ids: ids that end a request which does not ignore them.
         seed: seeds the draws of requests that bring no seed of their own.
-        book: of the drafts, where the launcher's runner has a speculator.
+        book: of the drafts, where the launcher's runner has a speculator that drafts.
+        jumps: to what grammars leave no choice about; None: there are none.
         agreement: with the other ranks that run the model; None: there are none.
     """
 
@@ -50,11 +53,13 @@ class EngineCore:
         seed: int,
         overlap: bool = False,
         book: SpeculationBook | None = None,
+        jumps: JumpForward | None = None,
         agreement: Agreement | None = None,
     ) -> None:
         assert book is None or not overlap, "a step with drafts is committed before the next one is scheduled"
         self.info = info
         self._book = book
+        self._jumps = jumps
         self._agreement = agreement if agreement is not None else Alone()
         self.overlap = overlap
         self._scheduler = scheduler
@@ -139,7 +144,8 @@ class EngineCore:
     def _launch(self, now: float) -> LaunchedStep | None:
         """Schedules a step and queues it on the device; None when there is nothing to compute."""
         tree = self._agreement.tree(self._book.choose(self._scheduler.load())) if self._book is not None else None
-        batch = self._scheduler.schedule(now, tree)
+        chains = self._jumps.chains() if self._jumps is not None and tree is None else None
+        batch = self._scheduler.schedule(now, tree or chains, only_proposals=chains is not None)
         rank_tokens = self._agreement.step(batch)
         if batch.is_empty and not any(rank_tokens or ()):
             return None
@@ -164,8 +170,13 @@ class EngineCore:
                 self._scheduler.fail(request, broken or NUMERICAL_ERROR)
         good = [s for s in alive if s.request.error is None]
         if self._book is not None:
-            self._book.enter(launched.batch.tree, [len(tokens[s.request]) - 1 for s in good if s.num_drafts])
+            drafted = [s for s in good if s.num_drafts and not s.request.proposal]
+            self._book.enter(launched.batch.tree, [len(tokens[s.request]) - 1 for s in drafted])
+        proposed = [s for s in good if s.num_drafts and s.request.proposal]
         self._scheduler.commit(ScheduledBatch(good), [_ids(tokens.get(s.request, ())) for s in good])
+        if self._jumps is not None:
+            self._jumps.num_tokens += sum(len(tokens[s.request]) - 1 for s in proposed)
+            self._jumps.look(s.request for s in good if s.samples)
         return [_update_of(s, tokens[s.request]) for s in alive if s.samples]
 
     def _check_token_ids(self, name: str, token_ids: Sequence[int] | dict[int, float]) -> None:
@@ -176,7 +187,10 @@ class EngineCore:
                 )
 
     def stats(self) -> EngineStats:
-        return self._scheduler.stats(self._num_steps, self._book.stats() if self._book is not None else None)
+        stats = self._scheduler.stats(self._num_steps, self._book.stats() if self._book is not None else None)
+        return (
+            stats if self._jumps is None else msgspec.structs.replace(stats, num_jumped_tokens=self._jumps.num_tokens)
+        )
 
     def flush_cache(self) -> bool:
         """Forget all cached prefixes; refused (False) while requests are running."""

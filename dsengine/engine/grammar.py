@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dsengine.engine.jump_forward import Speller
 from dsengine.engine.messages import GRAMMAR_LEFT, GRAMMAR_TOO_SLOW
 from dsengine.engine.request import Request
 from dsengine.model.transfer import upload
@@ -46,6 +47,8 @@ class GrammarStore:
         self._vocab_size = vocab_size
         self._vocabulary: Any = None
         self._grammars: dict[str, Any] = {}
+        self._speller = Speller(())
+        self._scratch = torch.zeros((1, -(-vocab_size // _WORD_BITS)), dtype=torch.int32)
 
     def load_vocabulary(self, tokens: Sequence[bytes], stop_token_ids: Sequence[int]) -> None:
         """What each token id spells (nothing for tokens that no grammar may produce), and the ids that end a text."""
@@ -58,6 +61,7 @@ class GrammarStore:
             stop_token_ids=list(stop_token_ids),
         )
         self._grammars.clear()
+        self._speller = Speller(tokens)
 
     def load(self, key: str, data: str) -> None:
         """Keep a compiled grammar.
@@ -89,18 +93,24 @@ class GrammarStore:
             raise GrammarError(f"no grammar {key!r} has been loaded")
         import xgrammar
 
-        return GrammarState(xgrammar.GrammarMatcher(self._grammars[key]), after)
+        return GrammarState(xgrammar.GrammarMatcher(self._grammars[key]), after, self._speller, self._scratch)
 
 
 class GrammarState:
     """How far one request's output has come in its grammar.
 
+    Args:
+        matcher: of xgrammar, at the grammar's beginning.
+        scratch: int32 [1, words], for a mask that is looked at only here.
+
     Attributes:
         error: why it can be followed no further; the request is to fail then.
     """
 
-    def __init__(self, matcher: Any, after: int | None) -> None:
+    def __init__(self, matcher: Any, after: int | None, speller: Speller, scratch: Tensor) -> None:
         self._matcher = matcher
+        self._speller = speller
+        self._scratch = scratch
         self._after = after
         self._has_begun = after is None
         self.error: str | None = None
@@ -129,6 +139,42 @@ class GrammarState:
                 self._follow(mask, row, draft)
         if self.error is not None:
             mask[row] = 0
+
+    def propose(self, output_token_ids: Sequence[int], limit: int) -> tuple[int, ...]:
+        """Tokens that the grammar leaves little choice about, from here on; what they spell is the only way to go on,
+        but it may be cut into other tokens.
+
+        Args:
+            output_token_ids: all of the output.
+            limit: longest proposal.
+        """
+        self.catch_up(output_token_ids)
+        proposal: list[int] = []
+        with self._at_own_cost():
+            while self.error is None and len(proposal) < limit and (piece := self._next_piece()):
+                for token in piece[: limit - len(proposal)]:
+                    if not self._matcher.accept_token(token):
+                        break
+                    proposal.append(token)
+                else:
+                    continue
+                break
+            if proposal:
+                self._matcher.rollback(len(proposal))
+        return tuple(proposal)
+
+    def _next_piece(self) -> tuple[int, ...]:
+        """A text that must come next, in tokens, or else a token that must; nothing where there is a choice."""
+        if not self._has_begun or self._matcher.is_terminated():
+            return ()
+        if text := self._matcher.find_jump_forward_string():
+            return self._speller.spell(text)
+        self._matcher.fill_next_token_bitmask(self._scratch, 0)
+        words = self._scratch.numpy().view(np.uint32)[0]
+        [places] = words.nonzero()
+        if len(places) != 1 or (word := int(words[places[0]])) & (word - 1):
+            return ()
+        return (int(places[0]) * _WORD_BITS + word.bit_length() - 1,)
 
     @contextlib.contextmanager
     def _at_own_cost(self) -> Iterator[None]:

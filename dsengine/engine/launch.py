@@ -140,18 +140,18 @@ class StepLauncher:
     def compute(self, step: PreparedStep, previous: LaunchedStep | None) -> DeviceResult:
         """Queue a step's kernels on the device; what `launch` gives to the queue."""
         if step.drafts is not None:
-            return self._compute_with_drafts(step)
+            return self._compute_with_drafts(step, previous)
         outputs = self.runner.forward(step, previous.drawn if previous is not None else None)
         return DeviceResult(self._draw(outputs.logits, step.sampled), self._score_prompts(step, outputs))
 
-    def _compute_with_drafts(self, step: PreparedStep) -> DeviceResult:
+    def _compute_with_drafts(self, step: PreparedStep, previous: LaunchedStep | None) -> DeviceResult:
         speculator, plan = self.runner.speculator, step.drafts
         assert speculator is not None and plan is not None
         times = speculator.times
         with times.measure("draft"):
             tree = speculator.draft(plan)
         with times.measure("verify"):
-            outputs = self.runner.forward(step, None, tree)
+            outputs = self.runner.forward(step, previous.drawn if previous is not None else None, tree)
         with times.measure("accept"):
             paths, accepted, num_nodes = None, None, 0
             if tree is not None:

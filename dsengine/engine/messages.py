@@ -160,6 +160,7 @@ class EngineStats(msgspec.Struct, frozen=True, tag="stats"):
     prefix_hit_tokens: int = 0
     num_preemptions: int = 0
     num_steps: int = 0
+    num_jumped_tokens: int = 0
     speculation: SpeculationStats | None = None
 
 

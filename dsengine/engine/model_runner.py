@@ -108,7 +108,9 @@ class ModelRunner:
         ordered = sorted(batch.requests, key=_part)
         sampled, prompts, logits_indices = _plan_rows(ordered)
         inputs = build_inputs(ordered, logits_indices, self.pool.block_size, drawn_rows, rank_tokens)
-        drafts = self.speculator.prepare(ordered, batch.tree) if self.speculator is not None else None
+        drafts = None
+        if self.speculator is not None and (self.speculator.needs_hidden or any(s.num_drafts for s in ordered)):
+            drafts = self.speculator.prepare(ordered, batch.tree, only_proposals=batch.only_proposals)
         return PreparedStep(inputs, tuple(sampled), tuple(prompts), drafts)
 
     def forward(self, step: PreparedStep, drawn: Tensor | None, tree: TokenTree | None = None) -> StepOutputs:

@@ -30,6 +30,7 @@ class Request:
         eos_token_ids: the model's EOS ids (empty under `ignore_eos`).
         seed: with the position in the output, decides every draw.
         grammar: what the output must follow, and how far it has come.
+        proposal: tokens that the grammar leaves little choice about, to be verified in the next step.
         num_computed_tokens: leading tokens of prompt + output whose latents are in the cache.
         block_table: cache blocks that hold those latents, in order; owned by the scheduler.
         num_cached_tokens: prompt tokens found in the prefix cache at first admission.
@@ -44,6 +45,7 @@ class Request:
     eos_token_ids: frozenset[int] = frozenset()
     seed: int = 0
     grammar: GrammarState | None = None
+    proposal: tuple[int, ...] = ()
 
     status: RequestStatus = RequestStatus.WAITING
     output_token_ids: list[int] = field(default_factory=list)

@@ -154,13 +154,14 @@ class Scheduler:
         lengths = [state.num_tokens for state in self._running if state.can_draft]
         return Load(len(lengths), sum(lengths) // max(len(lengths), 1))
 
-    def schedule(self, now: float, tree: TreeShape | None = None) -> ScheduledBatch:
+    def schedule(self, now: float, tree: TreeShape | None = None, *, only_proposals: bool = False) -> ScheduledBatch:
         """Chooses the tokens of the next step; empty only if there is no work, or all of it waits for a commit.
 
         Args:
             now: seconds, on the clock of the requests' `arrival_time`.
             tree: shape of the drafts for requests that decode; the step must then be committed before the next one is
                 scheduled.
+            only_proposals: drafts are for requests with a proposal alone.
         """
         self._budget = self.config.token_budget
         self._preempted = []
@@ -168,7 +169,7 @@ class Scheduler:
             state.num_scheduled = state.num_drafts = 0
         others = self._schedule_decodes()
         if tree is not None:
-            self._add_drafts(tree, share=0.5 if others or self._waiting else 1.0)
+            self._add_drafts(tree, 0.5 if others or self._waiting else 1.0, only_proposals)
         for state in others:
             if state.is_running and self._budget > 0:
                 self._schedule_chunk(state)
@@ -182,7 +183,7 @@ class Scheduler:
                 samples = start + count - state.num_drafts == state.num_tokens
                 awaits = samples and state.num_pending > 0
                 batch.append(ScheduledRequest(state.request, start, count, samples, awaits, state.num_drafts))
-        return ScheduledBatch(batch, self._preempted, tree)
+        return ScheduledBatch(batch, self._preempted, tree, only_proposals)
 
     def _schedule_decodes(self) -> list[SequenceState]:
         """Schedules requests that need one token; returns those that need more."""
@@ -202,7 +203,7 @@ class Scheduler:
             i += 1
         return others
 
-    def _add_drafts(self, tree: TreeShape, share: float) -> None:
+    def _add_drafts(self, tree: TreeShape, share: float, only_proposals: bool) -> None:
         """Gives scheduled decodes a tree each, from `share` of the budget that is left."""
         # Also those that may have one token more only: a step of nothing but trees can run as a captured graph.
         count, budget = tree.num_nodes - 1, int(self._budget * share)
@@ -211,6 +212,8 @@ class Scheduler:
                 return
             end = state.request.num_computed_tokens + tree.num_slots
             if state.num_scheduled == 0 or not state.can_draft or end > self.max_tokens_per_request:
+                continue
+            if only_proposals and not state.request.proposal:
                 continue
             missing = self.config.blocks_for(end) - len(state.request.block_table)
             if missing > self._reservations.unreserved:

@@ -40,6 +40,7 @@ class PreparedDrafts:
         catch_up: tokens whose successors will be known; None where they are those of the step itself.
         next_ids: their successors, 0 where they are still to be drawn.
         drawn: places of those in `next_ids`, after the trees' own, one for each request that samples without a tree.
+        only_proposals: the trees are chains that grammars propose.
     """
 
     shape: TreeShape | None
@@ -49,6 +50,7 @@ class PreparedDrafts:
     catch_up: BatchInputs | None
     next_ids: Int64Array
     drawn: Int64Array
+    only_proposals: bool = False
 
 
 class DraftRows:
@@ -107,7 +109,8 @@ class Speculator:
     """Drafts, verifies and keeps the drafter's cache complete.
 
     Args:
-        drafter: what proposes; a `NextNDrafter` also catches up after every step, trees or not.
+        drafter: what proposes; a `NextNDrafter` also catches up after every step, trees or not. None: only requests
+            with a proposal have trees, and those are chains.
         num_layers: of the main model, whose entries move with the accepted tokens.
         num_rows: requests that can run at once.
     """
@@ -116,7 +119,7 @@ class Speculator:
         self,
         pool: KVCachePool,
         sampler: Sampler,
-        drafter: Drafter,
+        drafter: Drafter | None,
         times: PhaseTimes,
         *,
         num_layers: int,
@@ -135,11 +138,14 @@ class Speculator:
         """The drafter is fed with the hidden states of every token."""
         return self._nextn is not None
 
-    def prepare(self, ordered: Sequence[ScheduledRequest], shape: TreeShape | None) -> PreparedDrafts:
+    def prepare(
+        self, ordered: Sequence[ScheduledRequest], shape: TreeShape | None, *, only_proposals: bool = False
+    ) -> PreparedDrafts:
         """The host's half of a step.
 
         Args:
             ordered: all its requests, those with drafts first.
+            only_proposals: the drafts are chains that grammars propose.
         """
         trees = tuple(s for s in ordered if s.num_drafts)
         others = ordered[len(trees) :]
@@ -161,7 +167,14 @@ class Speculator:
                 drawn.append(first + len(next_ids))
                 next_ids.append(0)
         return PreparedDrafts(
-            shape, trees, block_table, rows, catch_up, np.array(next_ids, np.int64), np.array(drawn, np.int64)
+            shape,
+            trees,
+            block_table,
+            rows,
+            catch_up,
+            np.array(next_ids, np.int64),
+            np.array(drawn, np.int64),
+            only_proposals,
         )
 
     def draft(self, plan: PreparedDrafts) -> TokenTree | None:
@@ -178,7 +191,12 @@ class Speculator:
             block_table=upload(plan.block_table, device),
             rows=upload(plan.rows[: len(plan.trees)], device),
         )
-        return self._drafter.draft(targets, plan.shape)
+        proposals = [s.request.proposal for s in plan.trees]
+        if plan.only_proposals:
+            return proposed_chains(targets.roots, proposals, plan.shape)
+        assert self._drafter is not None, "without a drafter only proposals make trees"
+        tree = self._drafter.draft(targets, plan.shape)
+        return with_proposals(tree, proposals, plan.shape) if any(proposals) else tree
 
     def verify(self, plan: PreparedDrafts, tree: TokenTree, logits: Tensor) -> tuple[AcceptedPaths, Tensor, DrawnPaths]:
         """Follow the model's own choices down the trees, and move what they left in the cache.
@@ -258,6 +276,34 @@ class Speculator:
         if drawn is not None and len(plan.drawn):
             next_ids.index_copy_(0, upload(plan.drawn, device), drawn.clamp(min=0))
         self._nextn.extend(hidden, next_ids, batch, last, upload(plan.rows, device))
+
+
+def proposed_chains(roots: Tensor, proposals: Sequence[Sequence[int]], shape: TreeShape) -> TokenTree:
+    """Trees that hold nothing but these proposals; what is left of their nodes matches nothing.
+
+    Args:
+        roots: int64 [B].
+    """
+    nodes = shape.num_nodes
+    lengths = [min(len(proposal), shape.max_depth) for proposal in proposals]
+    tokens = [[0, *p[:length], *[0] * (nodes - 1 - length)] for p, length in zip(proposals, lengths, strict=True)]
+    parents = [[*range(-1, length), *[-1] * (nodes - 1 - length)] for length in lengths]
+    depths = [[*range(length + 1), *[0] * (nodes - 1 - length)] for length in lengths]
+    grid = upload(np.array([tokens, parents, depths], dtype=np.int64), roots.device)
+    grid[0, :, 0] = roots
+    return TokenTree(grid[0], grid[1], grid[2], torch.zeros(grid.shape[1:], device=roots.device))
+
+
+def with_proposals(tree: TokenTree, proposals: Sequence[Sequence[int]], shape: TreeShape) -> TokenTree:
+    """Trees in which the chains of proposals, where there are any, take the place of what was drafted."""
+    ours = proposed_chains(tree.tokens[:, 0], proposals, shape)
+    mine = upload(np.array([len(proposal) > 0 for proposal in proposals]), tree.tokens.device)[:, None]
+    return TokenTree(
+        torch.where(mine, ours.tokens, tree.tokens),
+        torch.where(mine, ours.parents, tree.parents),
+        torch.where(mine, ours.depths, tree.depths),
+        torch.where(mine, ours.scores, tree.scores),
+    )
 
 
 def with_trees(batch: ForwardBatch, tree: TokenTree, is_chain: bool) -> ForwardBatch:

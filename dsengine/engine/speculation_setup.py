@@ -28,20 +28,22 @@ def largest_tree_shape(config: EngineConfig) -> TreeShape:
 def make_speculator(
     config: EngineConfig, model: DeepseekModel, pool: KVCachePool, sampler: Sampler
 ) -> Speculator | None:
-    """What drafts and verifies, None where the flags do not ask for it.
+    """What drafts (or takes the proposals of grammars) and verifies, None where the flags do not ask for it.
 
     Raises:
         ValueError: the checkpoint has nothing to draft with, or fewer tokens than the trees are wide.
     """
-    if config.speculative_algorithm is None:
+    if config.speculative_algorithm is None and config.disable_jump_forward:
         return None
-    if config.speculative_eagle_topk > sampler.num_valid_tokens:
+    if config.speculative_algorithm is not None and config.speculative_eagle_topk > sampler.num_valid_tokens:
         raise ValueError(
             f"speculative_eagle_topk is {config.speculative_eagle_topk}; the vocabulary has {sampler.num_valid_tokens} "
             "tokens"
         )
-    drafter: Drafter
-    if config.speculative_algorithm == "NGRAM":
+    drafter: Drafter | None
+    if config.speculative_algorithm is None:
+        drafter = None
+    elif config.speculative_algorithm == "NGRAM":
         drafter = NGramDrafter(model.device)
     elif model.nextn is None:
         raise ValueError(
@@ -62,7 +64,7 @@ def make_speculator(
 
 def make_book(config: EngineConfig, runner: ModelRunner) -> SpeculationBook | None:
     """What decides about the runner's drafts, None where it does not draft."""
-    if runner.speculator is None:
+    if runner.speculator is None or config.speculative_algorithm is None:
         return None
     largest = largest_tree_shape(config)
     costs = None

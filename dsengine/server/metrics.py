@@ -160,6 +160,11 @@ class _EngineCollector(Collector):
             yield GaugeMetricFamily(name, text, value=value)
         yield CounterMetricFamily("dsengine_preemptions", "Preempted sequences.", value=stats.num_preemptions)
         yield CounterMetricFamily("dsengine_engine_steps", "Steps of the engine.", value=stats.num_steps)
+        yield CounterMetricFamily(
+            "dsengine_jump_forward_tokens",
+            "Tokens that grammars proposed and steps accepted.",
+            value=stats.num_jumped_tokens,
+        )
         if stats.speculation is not None:
             yield from _speculation_metrics(stats.speculation)
 
