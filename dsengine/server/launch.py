@@ -46,7 +46,7 @@ def serve(
     """
     _configure_logging(server_config.log_level)
     try:
-        listener = _listen(server_config.host, server_config.port)
+        listener = listen(server_config.host, server_config.port)
     except OSError as error:
         print(f"dsengine: error: {_explain_listen_error(server_config, error)}", file=sys.stderr)
         return EXIT_USER_ERROR
@@ -200,10 +200,12 @@ def _uvicorn_config(app: App) -> uvicorn.Config:
     )
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
     """A bound socket. It is bound before the model is loaded: a port in use must be known at once."""
-    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-    listener = socket.socket(family, socket.SOCK_STREAM)
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    family, kind, protocol, _, address = found[0]
+    # asyncio switches Nagle's algorithm off (40 ms on every second write) only where the protocol is named.
+    listener = socket.socket(family, kind, protocol)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
