@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
-import signal
+import os
 import sys
 import tempfile
 from collections import deque
@@ -39,9 +39,10 @@ from dsengine.engine.messages import (
     Shutdown,
     StepOutput,
 )
-from dsengine.engine.process_args import EngineProcessArgs
+from dsengine.engine.process_args import FAILURE_FILE, EngineProcessArgs
 from dsengine.engine.sampling_params import SamplingParams
 from dsengine.model.checkpoint import resolve_checkpoint
+from dsengine.parallel.launch import describe_exit, is_alive
 from dsengine.tokenizer.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -50,6 +51,7 @@ logger = logging.getLogger(__name__)
 _MAX_QUICK_DEATHS = 3
 _QUICK_DEATH_SECONDS = 60.0
 _SHUTDOWN_SECONDS = 5.0
+_RANK_0_SECONDS = 10.0
 
 
 class EngineDeadError(RuntimeError):
@@ -248,7 +250,6 @@ class AsyncEngine:
 
     async def _launch(self) -> None:
         args = EngineProcessArgs(
-            address="",
             config=dataclasses.asdict(self.config),
             checkpoint=str(self.checkpoint),
             eos_token_ids=sorted(self.tokenizer.eos_token_ids),
@@ -279,6 +280,7 @@ class AsyncEngine:
             reason = await self._read_until_death(self._connection)
             await self._connection.close(_SHUTDOWN_SECONDS)
             self._connection = None
+            await self._see_off_ranks()
             self._mark_dead(reason)
             logger.error("engine process died: %s", reason)
             quick_deaths = quick_deaths + 1 if loop.time() - ready_since < _QUICK_DEATH_SECONDS else 1
@@ -296,12 +298,17 @@ class AsyncEngine:
     async def _read_until_death(self, connection: _Connection) -> str:
         death = asyncio.create_task(connection.process.wait())
         failure: EngineFailure | None = None
+        # Rank 0 watches over the other ranks and has itself heard of every second; alone it need not speak.
+        limit = self.config.dist_timeout + _RANK_0_SECONDS if self.config.tp_size > 1 else None
         try:
             while not death.done():
                 receive = asyncio.ensure_future(connection.socket.recv())
-                await asyncio.wait((receive, death), return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait((receive, death), timeout=limit, return_when=asyncio.FIRST_COMPLETED)
                 if not receive.done():
                     receive.cancel()
+                    if not death.done():
+                        connection.process.kill()
+                        return f"rank 0 has not answered for {limit:g} seconds (process {connection.process.pid})"
                     break
                 message = self._decoder.decode(receive.result())
                 if isinstance(message, EngineFailure):
@@ -310,7 +317,18 @@ class AsyncEngine:
                     self._dispatch(message)
         finally:
             death.cancel()
-        return failure.message if failure is not None else _describe_exit(connection.process.returncode)
+        failure = failure or connection.last_word()
+        if failure is not None:
+            return failure.message
+        status = connection.process.returncode
+        return f"the engine process {describe_exit(status) if status is not None else 'does not answer'}"
+
+    async def _see_off_ranks(self) -> None:
+        """Wait until the ranks that rank 0 had started have died with it: their devices are wanted again."""
+        pids = [rank.pid for rank in self.info.ranks if rank.node_rank == self.config.node_rank]
+        deadline = asyncio.get_running_loop().time() + _SHUTDOWN_SECONDS
+        while any(is_alive(pid) for pid in pids) and asyncio.get_running_loop().time() < deadline:
+            await asyncio.sleep(0.05)
 
     def _dispatch(self, message: EngineOutput) -> None:
         match message:
@@ -369,7 +387,8 @@ class _Connection:
             sys.executable, "-m", module, stdin=asyncio.subprocess.PIPE, start_new_session=True
         )
         assert process.stdin is not None
-        process.stdin.write(msgspec.json.encode(msgspec.structs.replace(args, address=address)) + b"\n")
+        args = msgspec.structs.replace(args, address=address, folder=folder.name, parent=os.getpid())
+        process.stdin.write(msgspec.json.encode(args) + b"\n")
         return cls(process, socket, context, folder)
 
     def send(self, data: bytes) -> None:
@@ -390,6 +409,11 @@ class _Connection:
             receive.cancel()
             death.cancel()
 
+    def last_word(self) -> EngineFailure | None:
+        """What a process that is dead could not say over the socket."""
+        file = Path(self._folder.name) / FAILURE_FILE
+        return msgspec.msgpack.decode(file.read_bytes(), type=EngineFailure) if file.exists() else None
+
     async def close(self, timeout: float) -> None:
         """Let the process end by itself for `timeout` seconds, then kill it."""
         try:
@@ -400,9 +424,3 @@ class _Connection:
         self.socket.close()
         self._context.term()
         self._folder.cleanup()
-
-
-def _describe_exit(returncode: int | None) -> str:
-    if returncode is not None and returncode < 0:
-        return f"the engine process was killed by {signal.Signals(-returncode).name}"
-    return f"the engine process ended with exit code {returncode}"

@@ -38,7 +38,94 @@ def _option(default: Any, help: str, *aliases: str) -> Any:
 
 
 @dataclass(frozen=True)
-class EngineConfig:
+class ParallelConfig:
+    """Over how many processes ("ranks", one device each) a model is spread, and where they meet.
+
+    Raises:
+        ValueError: the sizes do not fit each other; the message names them.
+    """
+
+    tp_size: int = _option(
+        1, "Ranks (processes with one device each) that run the model together.", "--tensor-parallel-size"
+    )
+    attn_dp_size: int = _option(
+        1,
+        "Groups of ranks that have requests and a KV cache of their own (data-parallel attention); the "
+        "tp-size / attn-dp-size ranks of a group share its heads.",
+    )
+    dp_size: int | None = _option(None, "With --enable-dp-attention: another name of --attn-dp-size.")
+    enable_dp_attention: bool = _option(False, "Take --dp-size as --attn-dp-size.")
+    ep_size: int = _option(
+        1,
+        "Ranks that hold whole experts: as many as --tp-size, or 1 to give each rank a slice of every expert.",
+        "--expert-parallel-size",
+    )
+    nnodes: int = _option(1, "Machines with tp-size / nnodes ranks each; the same command is run on every one.")
+    node_rank: int = _option(0, "Number of this machine; machine 0 serves the requests.")
+    dist_init_addr: str | None = _option(
+        None, "HOST:PORT of machine 0 where the ranks of several machines meet; it listens on this address only."
+    )
+    dist_timeout: float = _option(
+        120.0, "Seconds after which a rank that does not answer counts as lost, and with it the whole engine."
+    )
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "tp_size", "attn_dp_size", "dp_size", "ep_size", "nnodes")
+        if (self.dp_size is not None) != self.enable_dp_attention:
+            raise ValueError(
+                "dp_size and enable_dp_attention go together (without attention there would be whole replicas of the "
+                "model, which are several servers); or give attn_dp_size alone"
+            )
+        if self.dp_size is not None:
+            if self.attn_dp_size not in (1, self.dp_size):
+                raise ValueError(f"attn_dp_size is {self.attn_dp_size} and dp_size is {self.dp_size}; give one of them")
+            object.__setattr__(self, "attn_dp_size", self.dp_size)
+        if self.tp_size % self.attn_dp_size:
+            raise ValueError(
+                f"attn_dp_size is {self.attn_dp_size}; it must divide tp_size, the number of all ranks, which is "
+                f"{self.tp_size}"
+            )
+        if self.ep_size not in (1, self.tp_size):
+            raise ValueError(f"ep_size is {self.ep_size}; it must be 1, or tp_size, which is {self.tp_size}")
+        if self.dist_timeout < 1:
+            raise ValueError(f"dist_timeout is {self.dist_timeout}; it must be at least 1 second")
+        self._check_nodes()
+
+    def _check_nodes(self) -> None:
+        if self.tp_size % self.nnodes:
+            raise ValueError(f"nnodes is {self.nnodes}; it must divide tp_size, which is {self.tp_size}")
+        if not 0 <= self.node_rank < self.nnodes:
+            raise ValueError(f"node_rank is {self.node_rank}; it must lie in [0, {self.nnodes - 1}] (nnodes - 1)")
+        if (self.nnodes > 1) != (self.dist_init_addr is not None):
+            raise ValueError(
+                f"nnodes is {self.nnodes} and dist_init_addr is {self.dist_init_addr}; several machines need one "
+                "to meet at, as in 10.0.0.1:20000, and a single machine none"
+            )
+        if self.dist_init_addr is not None:
+            host, _, port = self.dist_init_addr.rpartition(":")
+            if not host or not port.isdigit() or not 1 <= int(port) <= 65535:
+                raise ValueError(
+                    f"dist_init_addr is {self.dist_init_addr!r}; it must have the form HOST:PORT, as in 10.0.0.1:20000"
+                )
+
+    @property
+    def experts_whole(self) -> bool:
+        """Routed experts are dealt out whole rather than cut."""
+        return self.ep_size > 1
+
+    @property
+    def local_size(self) -> int:
+        """Ranks on each machine."""
+        return self.tp_size // self.nnodes
+
+    @property
+    def local_ranks(self) -> range:
+        """The ranks of this machine."""
+        return range(self.node_rank * self.local_size, (self.node_rank + 1) * self.local_size)
+
+
+@dataclass(frozen=True)
+class EngineConfig(ParallelConfig):
     """Everything that decides how one engine runs. Values left at `None` or "auto" are chosen at start-up.
 
     Raises:
@@ -127,6 +214,7 @@ class EngineConfig:
     num_threads: int | None = _option(None, "CPU threads of the engine; default: all cores.")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         object.__setattr__(self, "kernel", tuple(self.kernel))
         _require_positive(self, "block_size", "max_running_requests", "max_queued_requests", "chunked_prefill_size")
         _require_positive(self, "context_length", "max_total_tokens", "num_threads", "cuda_graph_max_bs")
@@ -190,6 +278,7 @@ class ServerConfig:
     )
     enable_admin: bool = _option(False, "Serve /abort_request, /pause and /continue, to holders of the admin key.")
     admin_api_key: str | None = _option(None, "Bearer token of the admin routes; --enable-admin needs one.")
+    disable_web_page: bool = _option(False, "Do not serve the web page at /.")
     thinking: bool | None = _option(
         None, "Default of the chat template's thinking switch; default: the template's own."
     )

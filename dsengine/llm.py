@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,9 +10,10 @@ from dataclasses import dataclass
 from typing import Any, Literal, Self, overload
 
 from dsengine.config import EngineConfig
-from dsengine.engine.build import build_engine
-from dsengine.engine.core import EngineCore
+from dsengine.engine.leading_core import LeadingCore
 from dsengine.engine.messages import AddRequest, RequestUpdate
+from dsengine.engine.process_args import EngineProcessArgs
+from dsengine.engine.ranks import Engine, open_engine
 from dsengine.engine.sampling_params import SamplingParams, with_child_seed
 from dsengine.model.checkpoint import resolve_checkpoint
 from dsengine.outputs import RequestMetrics, RequestOutput, SequenceAssembler
@@ -52,18 +54,21 @@ class LLM:
         self._progress = progress
         checkpoint = resolve_checkpoint(self.config.model_or_demo, self.config.revision)
         self.tokenizer = Tokenizer.from_checkpoint(checkpoint)
+        if self.config.nnodes > 1:
+            raise ValueError(f"nnodes is {self.config.nnodes}; an LLM runs on one machine, serve runs on several")
+        args = EngineProcessArgs(
+            config=dataclasses.asdict(self.config),
+            checkpoint=str(checkpoint),
+            eos_token_ids=sorted(self.tokenizer.eos_token_ids),
+            num_valid_tokens=self.tokenizer.vocab_size,
+            has_heartbeats=False,
+        )
         with loading_progress(enabled=progress) as callback:
-            self._core: EngineCore | None = build_engine(
-                self.config,
-                checkpoint,
-                eos_token_ids=self.tokenizer.eos_token_ids,
-                num_valid_tokens=self.tokenizer.vocab_size,
-                progress=callback,
-            )
+            self._core: Engine | None = open_engine(args, progress=callback)
         self._ids = itertools.count()
 
     @property
-    def core(self) -> EngineCore:
+    def core(self) -> Engine:
         """The engine under this LLM.
 
         Raises:
@@ -149,8 +154,10 @@ class LLM:
         return self._run(texts, token_ids, sampling_params, stream)
 
     def shutdown(self) -> None:
-        """Free the model and its cache."""
-        self._core = None
+        """Free the model and its cache, and end the other ranks where there are several."""
+        core, self._core = self._core, None
+        if isinstance(core, LeadingCore):
+            core.close()
 
     def __enter__(self) -> Self:
         return self

@@ -37,6 +37,9 @@ class Agreement(Protocol):
     def tree(self, wish: TreeShape | None) -> TreeShape | None:
         """The shape of the next step's trees."""
 
+    def blocks(self, fitting: int) -> int:
+        """The size of the cache, in blocks: where the least fit."""
+
     def step(self, batch: ScheduledBatch) -> tuple[int, ...] | None:
         """Enter what was scheduled; returns the tokens of every group of ranks with requests of its own, None where
         there is one group only."""
@@ -50,6 +53,9 @@ class Alone:
 
     def tree(self, wish: TreeShape | None) -> TreeShape | None:
         return wish
+
+    def blocks(self, fitting: int) -> int:
+        return fitting
 
     def step(self, batch: ScheduledBatch) -> tuple[int, ...] | None:
         return None
@@ -70,6 +76,9 @@ class RankAgreement:
         values = (0, 0, 0) if wish is None else (wish.steps, wish.topk, wish.num_nodes)
         agreed = self._world.all_gather_ints(values)[0]
         return TreeShape(*agreed) if any(agreed) else None
+
+    def blocks(self, fitting: int) -> int:
+        return min(blocks for [blocks] in self._world.all_gather_ints([fitting]))
 
     def step(self, batch: ScheduledBatch) -> tuple[int, ...] | None:
         self._digest = zlib.crc32(_essence(batch), self._digest)

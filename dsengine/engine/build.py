@@ -5,10 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from dsengine.config import EngineConfig
+from dsengine.engine.agreement import Agreement, Alone, RankAgreement
 from dsengine.engine.core import EngineCore
 from dsengine.engine.cuda_graphs import CudaGraphs
 from dsengine.engine.device_setup import CacheRow, DeviceSetup, available_memory, refusing, total_memory
@@ -28,6 +30,9 @@ from dsengine.memory.radix_cache import RadixCache
 from dsengine.model.config import ModelConfig
 from dsengine.model.loader import load_model, resolve_formats
 
+if TYPE_CHECKING:
+    from dsengine.parallel.groups import World
+
 ProgressCallback = Callable[[int, int], None]
 
 
@@ -39,8 +44,9 @@ def build_engine(
     num_valid_tokens: int,
     progress: ProgressCallback | None = None,
     queue: DeviceQueue | None = None,
+    world: World | None = None,
 ) -> EngineCore:
-    """Load a checkpoint and make an engine of it.
+    """Load a checkpoint, or this rank's part of it, and make an engine of it.
 
     Args:
         checkpoint: local folder of the checkpoint.
@@ -48,21 +54,25 @@ def build_engine(
         num_valid_tokens: ids from here on are never drawn (the tokenizer does not know them).
         progress: called with (bytes loaded, bytes in all).
         queue: carries out the steps' work, overlapped with the host's; None: the device's own queue.
+        world: the ranks that run the model together; None: this process runs it alone.
 
     Raises:
         ValueError: configuration and checkpoint do not fit each other or the machine.
     """
     started = time.monotonic()
-    device = resolve_device(config.device)
+    device = resolve_device(config.device, None if world is None else world.rank % config.local_size)
     dtype = resolve_dtype(config.dtype, device)
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
+    elif config.local_size > 1:
+        torch.set_num_threads(max(1, torch.get_num_threads() // config.local_size))
     model_config = ModelConfig.from_hub(checkpoint)
     context_length = _context_length(config, model_config)
     row = CacheRow.of(config.kv_cache_dtype, model_config, dtype)
     kernels = _kernels(config, checkpoint, model_config, device, dtype, row)
     memory = CudaMemory(device) if device.type == "cuda" else None
     others = memory.total() - memory.free() if memory is not None else total_memory() - available_memory()
+    agreement: Agreement = Alone() if world is None else RankAgreement(world)
     with refusing(f"the weights of {config.model_or_demo} do not fit into the memory of {device}"):
         model = load_model(
             checkpoint,
@@ -73,9 +83,19 @@ def build_engine(
             activation_format=config.activation_format,
             kernels=kernels,
             progress=progress,
+            layout=None if world is None else world.layout(experts_whole=config.experts_whole),
         )
-    sampler = Sampler(kernels, min(num_valid_tokens, model_config.vocab_size))
-    setup = DeviceSetup(config, model, kernels, sampler, row=row, context_length=context_length, others=others)
+    sampler = Sampler(kernels, min(num_valid_tokens, model_config.vocab_size), agreement.tokens)
+    setup = DeviceSetup(
+        config,
+        model,
+        kernels,
+        sampler,
+        row=row,
+        context_length=context_length,
+        others=others,
+        agree_blocks=agreement.blocks,
+    )
     runner, ledger = setup.on_cpu() if memory is None else setup.on_cuda(memory, lambda: CudaGraphs(device))
     book = make_book(config, runner)
     overlap = book is None and not config.disable_overlap_schedule and (queue is not None or device.type == "cuda")
@@ -103,6 +123,7 @@ def build_engine(
         seed=config.seed,
         overlap=overlap,
         book=book,
+        agreement=agreement,
         jumps=None if config.disable_jump_forward else JumpForward(config.max_running_requests),
     )
 
@@ -150,10 +171,16 @@ def _scheduler(config: EngineConfig, pool: KVCachePool, context_length: int) -> 
     )
 
 
-def resolve_device(name: str) -> torch.device:
-    """The device meant by `--device`; "auto" prefers CUDA."""
+def resolve_device(name: str, local_rank: int | None = None) -> torch.device:
+    """The device meant by `--device`; "auto" prefers CUDA.
+
+    Args:
+        local_rank: number of this rank on its machine, where several run the model; each takes a device of its own.
+    """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if local_rank is not None:
+        return _device_of_rank(resolve_device(name), local_rank)
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -163,6 +190,19 @@ def resolve_device(name: str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device is {name!r}, but torch {torch.__version__} sees no CUDA device; use cpu or auto")
     return device
+
+
+def _device_of_rank(device: torch.device, local_rank: int) -> torch.device:
+    if device.type == "cpu":
+        return device
+    if device.index is not None:
+        raise ValueError(f"device is '{device}', but several ranks need a device each; use cuda")
+    if local_rank >= torch.cuda.device_count():
+        raise ValueError(
+            f"this machine has {torch.cuda.device_count()} CUDA devices, and rank {local_rank} on it has none; lower "
+            "tp_size, or spread the ranks over more machines with nnodes"
+        )
+    return torch.device("cuda", local_rank)
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:

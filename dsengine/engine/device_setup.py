@@ -94,6 +94,7 @@ class DeviceSetup:
 
     Args:
         others: bytes of the device that were held before the model was loaded.
+        agree_blocks: makes of the blocks that fit here those that all ranks have.
     """
 
     def __init__(
@@ -106,7 +107,9 @@ class DeviceSetup:
         row: CacheRow,
         context_length: int,
         others: int,
+        agree_blocks: Callable[[int], int] = lambda fitting: fitting,
     ) -> None:
+        self._agree_blocks = agree_blocks
         self._config = config
         self._model = model
         self._block_size = config.block_size_on(model.device.type)
@@ -129,14 +132,14 @@ class DeviceSetup:
         config, size = self._config, self._block_size
         num_tokens = config.max_total_tokens
         if num_tokens is None:
-            fits = int(available_memory() * config.mem_fraction_static) // self._token_bytes
+            fits = int(available_memory() * config.mem_fraction_static) // config.local_size // self._token_bytes
             num_tokens = min(_CPU_CACHE_CONTEXTS * self._context_length, fits)
         if num_tokens < 2 * size:
             raise ValueError(
                 f"the KV cache would hold {num_tokens} tokens ({self._token_bytes} bytes each), less than two blocks "
                 f"of {size}; raise --mem-fraction-static (now {config.mem_fraction_static}) or --max-total-tokens"
             )
-        pool = self._pool(num_tokens // size)
+        pool = self._pool(self._agree_blocks(num_tokens // size))
         return self._runner(pool), self._ledger(total_memory(), pool)
 
     def on_cuda(self, probe: MemoryProbe, new_backend: Callable[[], GraphBackend]) -> tuple[ModelRunner, MemoryLedger]:
@@ -161,7 +164,8 @@ class DeviceSetup:
             static_fraction=config.mem_fraction_static,
         )
         block_bytes = self._block_size * self._token_bytes
-        pool = self._pool(budget.num_blocks(block_bytes, self._block_size, config.max_total_tokens))
+        num_blocks = budget.num_blocks(block_bytes, self._block_size, config.max_total_tokens)
+        pool = self._pool(self._agree_blocks(num_blocks))
         graphs, kept = None, 0
         if sizes:
             before = probe.free()

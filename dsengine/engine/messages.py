@@ -149,7 +149,11 @@ class SpeculationStats(msgspec.Struct, frozen=True):
 
 
 class EngineStats(msgspec.Struct, frozen=True, tag="stats"):
-    """A snapshot of the scheduler and the cache, sent with every step's outputs."""
+    """A snapshot of the scheduler and the cache, sent with every step's outputs.
+
+    Attributes:
+        groups: the same of each attention-DP group, where there are several; their sums stand above.
+    """
 
     num_running: int = 0
     num_waiting: int = 0
@@ -162,6 +166,7 @@ class EngineStats(msgspec.Struct, frozen=True, tag="stats"):
     num_steps: int = 0
     num_jumped_tokens: int = 0
     speculation: SpeculationStats | None = None
+    groups: tuple[EngineStats, ...] = ()
 
 
 class StepOutput(msgspec.Struct, frozen=True, tag="step"):
@@ -174,6 +179,23 @@ class Reply(msgspec.Struct, frozen=True, tag="reply"):
     result: dict[str, object]
 
 
+class RankInfo(msgspec.Struct, frozen=True):
+    """One of the processes that run the model together.
+
+    Attributes:
+        dp_rank: its group, of those that have requests and a cache of their own.
+        node_rank: its machine.
+        memory: where its device's memory goes.
+    """
+
+    rank: int
+    dp_rank: int
+    node_rank: int
+    pid: int
+    device: str
+    memory: MemoryLedger | None = None
+
+
 class EngineInfo(msgspec.Struct, frozen=True, tag="ready"):
     """Sent once, when the engine can take requests.
 
@@ -181,7 +203,8 @@ class EngineInfo(msgspec.Struct, frozen=True, tag="ready"):
         cuda_graph_bs: batch sizes whose decode step was captured.
         overlap_schedule: each step is prepared while the one before it runs.
         speculation: algorithm and largest tree, as in "NEXTN 3/4/8 adaptive"; empty if nothing is drafted.
-        memory: where the device's memory goes.
+        memory: where the device's memory goes; of rank 0, where there are several.
+        ranks: all processes that run the model, where there are several.
     """
 
     model: str
@@ -198,6 +221,7 @@ class EngineInfo(msgspec.Struct, frozen=True, tag="ready"):
     overlap_schedule: bool = False
     speculation: str = ""
     memory: MemoryLedger | None = None
+    ranks: list[RankInfo] = []
 
 
 class EngineFailure(msgspec.Struct, frozen=True, tag="failure"):

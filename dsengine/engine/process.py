@@ -1,15 +1,15 @@
 """The engine in a process of its own: a socket, an `EngineCore`, and a loop.
 
 The parent starts it as `python -m dsengine.engine.process`, writes one JSON line of `EngineProcessArgs` to its standard
-input and keeps that pipe open: when the parent dies, however it dies, the pipe closes and this process ends too.
-Messages are msgpack of the types in `dsengine.engine.messages`; nothing is ever unpickled.
+input and keeps that pipe open: when the parent dies, however it dies, this process ends too. Messages are msgpack of
+the types in `dsengine.engine.messages`; nothing is ever unpickled. Where several ranks run the model, this is rank 0,
+which has started the others as children of its own; the same program is what they run.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-import threading
 import time
 import traceback
 from pathlib import Path
@@ -17,9 +17,7 @@ from pathlib import Path
 import msgspec
 import zmq
 
-from dsengine.config import EngineConfig
-from dsengine.engine.build import build_engine
-from dsengine.engine.core import EngineCore
+from dsengine.engine.leading_core import LeadingCore
 from dsengine.engine.messages import (
     AbortRequests,
     AddRequest,
@@ -35,43 +33,59 @@ from dsengine.engine.messages import (
     Shutdown,
     StepOutput,
 )
-from dsengine.engine.process_args import EngineProcessArgs
+from dsengine.engine.process_args import FAILURE_FILE, EngineProcessArgs
+from dsengine.engine.ranks import Engine, follow, open_engine
+from dsengine.parallel.launch import die_with
+from dsengine.parallel.watchdog import RanksFailedError
 from dsengine.progress import loading_progress
 
 # Updates that may wait for a stalled front end before the engine pauses too.
 _MAX_UNREAD_MESSAGES = 100_000
+_HEARTBEAT_SECONDS = 1.0
 
 
 class EngineLoop:
     """Reads requests from the socket, steps the core while it has work, sends what came of it."""
 
-    def __init__(self, core: EngineCore, socket: zmq.Socket[bytes]) -> None:
+    def __init__(self, core: Engine, socket: zmq.Socket[bytes]) -> None:
         self._core = core
         self._socket = socket
         self._decoder = msgspec.msgpack.Decoder(EngineInput)
         self._encoder = msgspec.msgpack.Encoder()
         self._running = True
         self._paused = False
+        self._last_sign = time.monotonic()
 
     def run(self) -> None:
         self.send(self._core.info)
         while self._running:
             self._receive(wait=self._paused or not self._core.has_work)
+            now = time.monotonic()
             if self._core.has_work and not self._paused:
-                self.send(self._core.step(time.monotonic()))
+                self.send(self._core.step(now))
+                self._last_sign = now
+            elif self._running and now - self._last_sign >= _HEARTBEAT_SECONDS:
+                self._show_life(now)
 
     def send(self, message: EngineOutput) -> None:
         self._socket.send(self._encoder.encode(message))
 
     def _receive(self, *, wait: bool) -> None:
         if wait:
-            self._socket.poll()
+            self._socket.poll(int(_HEARTBEAT_SECONDS * 1000))
         while self._running:
             try:
                 data = self._socket.recv(zmq.NOBLOCK)
             except zmq.Again:
                 return
             self._handle(self._decoder.decode(data))
+
+    def _show_life(self, now: float) -> None:
+        """The other ranks, and those who watch over rank 0, hear of it even when there is nothing to do."""
+        if isinstance(self._core, LeadingCore):
+            self._core.show_life(now)
+            self.send(StepOutput([], self._core.stats()))
+        self._last_sign = now
 
     def _handle(self, message: EngineInput) -> None:
         match message:
@@ -115,7 +129,20 @@ class EngineLoop:
 
 def main() -> int:
     args = msgspec.json.decode(sys.stdin.buffer.readline(), type=EngineProcessArgs)
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    die_with(args.parent)
+    return _follow(args) if args.rank > 0 else _lead(args)
+
+
+def _follow(args: EngineProcessArgs) -> int:
+    try:
+        follow(args)
+    except (ValueError, OSError, MemoryError, RanksFailedError) as error:
+        print(f"rank {args.rank}: {error}", file=sys.stderr, flush=True)
+        return 2
+    return 0
+
+
+def _lead(args: EngineProcessArgs) -> int:
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     socket = context.socket(zmq.PAIR)
     socket.setsockopt(zmq.SNDHWM, _MAX_UNREAD_MESSAGES)
@@ -133,37 +160,41 @@ def main() -> int:
 def _serve(args: EngineProcessArgs, socket: zmq.Socket[bytes]) -> EngineFailure | None:
     """Run until told to stop; what ended it early comes back."""
     try:
-        core = _build(args)
+        core = _open(args)
     except (ValueError, OSError, MemoryError) as error:
         return EngineFailure(str(error) or type(error).__name__, user_error=True)
+    except RanksFailedError as error:
+        return EngineFailure(str(error))
     except Exception as error:
         traceback.print_exc()
         return EngineFailure(f"the engine could not start: {error!r}")
     try:
         EngineLoop(core, socket).run()
+    except RanksFailedError as error:
+        _give_up(core)
+        print(error, file=sys.stderr, flush=True)
+        return EngineFailure(str(error))
     except Exception as error:
+        _give_up(core)
         traceback.print_exc()
         return EngineFailure(f"the engine failed: {type(error).__name__}")
+    if isinstance(core, LeadingCore):
+        core.close()
     return None
 
 
-def _build(args: EngineProcessArgs) -> EngineCore:
-    config = msgspec.convert(args.config, EngineConfig)
+def _open(args: EngineProcessArgs) -> Engine:
+    def end(report: str) -> None:
+        (Path(args.folder) / FAILURE_FILE).write_bytes(msgspec.msgpack.encode(EngineFailure(report)))
+        os._exit(1)
+
     with loading_progress(enabled=args.show_progress) as progress:
-        return build_engine(
-            config,
-            Path(args.checkpoint),
-            eos_token_ids=frozenset(args.eos_token_ids),
-            num_valid_tokens=args.num_valid_tokens,
-            progress=progress,
-        )
+        return open_engine(args, progress=progress, end=end)
 
 
-def _exit_with_parent() -> None:
-    # os.read rather than sys.stdin: a thread inside a buffered reader would make interpreter shutdown fail.
-    while os.read(0, 4096):
-        pass
-    os._exit(0)
+def _give_up(core: Engine) -> None:
+    if isinstance(core, LeadingCore):
+        core.give_up()
 
 
 if __name__ == "__main__":

@@ -58,9 +58,7 @@ class RankProcesses:
         try:
             for rank, line in lines.items():
                 # Its own session: Ctrl-C at the terminal is for the first process, which ends the others in good order.
-                child = subprocess.Popen(
-                    [sys.executable, "-m", module], stdin=subprocess.PIPE, start_new_session=True
-                )
+                child = subprocess.Popen([sys.executable, "-m", module], stdin=subprocess.PIPE, start_new_session=True)
                 self._children[rank] = child
                 assert child.stdin is not None
                 child.stdin.write(line + b"\n")
@@ -89,7 +87,7 @@ class RankProcesses:
             status = child.poll()
             if status is not None:
                 found.append(f"rank {rank} {describe_exit(status)}")
-            elif _is_stopped(child.pid):
+            elif _state(child.pid) in "Tt":
                 found.append(f"rank {rank} is stopped (process {child.pid})")
         return found
 
@@ -128,9 +126,15 @@ def describe_exit(status: int) -> str:
     return f"ended with exit code {status}"
 
 
-def _is_stopped(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
+    """Whether a process of this id exists and has not ended (Linux only)."""
+    return _state(pid) not in "ZX"
+
+
+def _state(pid: int) -> str:
+    """The letter that the kernel gives to the state of a process: "T" is stopped, "Z" ended, "X" gone."""
     try:
-        # The state follows the name in parentheses, which may itself hold any character.
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "Tt"
+        # It follows the name in parentheses, which may itself hold any character.
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
-        return False
+        return "X"

@@ -1,0 +1,204 @@
+"""Several processes that run one model: how they come together, and what all but the first do from then on.
+
+Every rank is a process with one device. Rank 0 is the engine that the front end knows (or the offline `LLM`); it starts
+the other ranks of its machine. They load their parts, agree on the size of the cache, and then follow rank 0: it tells
+them what it was told, and all take the same step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import os
+import tempfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from dsengine.config import EngineConfig
+from dsengine.engine.build import ProgressCallback, build_engine, resolve_device
+from dsengine.engine.core import EngineCore
+from dsengine.engine.leading_core import LeadingCore, Tick, answer_call, apply_messages
+from dsengine.engine.messages import RankInfo, StepOutput
+from dsengine.engine.process_args import EngineProcessArgs
+from dsengine.model.config import ModelConfig
+from dsengine.model.loader import resolve_formats
+from dsengine.model.sharding import check_sharding
+from dsengine.parallel.groups import join_world
+from dsengine.parallel.launch import RankProcesses
+from dsengine.parallel.prefix_routing import PrefixRouter
+from dsengine.parallel.watchdog import Watchdog
+
+logger = logging.getLogger(__name__)
+
+if TYPE_CHECKING:
+    from dsengine.parallel.groups import World
+
+RANK_MODULE = "dsengine.engine.process"
+_FOREVER = 7 * 86400.0  # the watchdogs know better when to give up than a collective does
+Engine = EngineCore | LeadingCore
+
+
+def open_engine(
+    args: EngineProcessArgs, *, progress: ProgressCallback | None = None, end: Callable[[str], None] | None = None
+) -> Engine:
+    """The engine that a configuration asks for: in this process alone, or with this process as rank 0 of several.
+
+    Args:
+        end: what ends this process, given a report, when ranks have failed and it cannot be told otherwise.
+
+    Raises:
+        ValueError: configuration and checkpoint do not fit each other or the machine.
+        RanksFailedError: a rank died on the way.
+    """
+    config = msgspec.convert(args.config, EngineConfig)
+    if config.tp_size == 1:
+        return _build(args, config, None, progress)
+    _check_ranks(config, Path(args.checkpoint))
+    with contextlib.ExitStack() as resources:
+        if not args.folder:
+            folder = resources.enter_context(tempfile.TemporaryDirectory(prefix="dsengine-"))
+            args = msgspec.structs.replace(args, folder=folder)
+        return _lead(args, config, progress, end if end is not None else _end_process, resources)
+
+
+def _lead(
+    args: EngineProcessArgs,
+    config: EngineConfig,
+    progress: ProgressCallback | None,
+    end: Callable[[str], None],
+    resources: contextlib.ExitStack,
+) -> LeadingCore:
+    processes = RankProcesses(RANK_MODULE, rank_lines(args, [rank for rank in config.local_ranks if rank != 0]))
+    watchdog = Watchdog(0, processes, config.dist_timeout, end)
+    try:
+        with watchdog.over("the meeting of the ranks", limited=False):
+            world = _join(args, config)
+        core = _build(args, config, world, progress)
+        with watchdog.over("the end of loading", limited=False):
+            data = world.gather_bytes(b"", 0)
+        assert data is not None
+        others = [msgspec.msgpack.decode(item, type=RankInfo) for item in data[1:]]
+        info = msgspec.structs.replace(core.info, ranks=[_describe(config, core, 0, world), *others])
+        router = PrefixRouter(world.dp_size, core.info.block_size, core.info.num_blocks)
+        return LeadingCore(core, world, processes, watchdog, router, info, resources.pop_all())
+    except BaseException:
+        watchdog.stop()
+        processes.close()
+        raise
+
+
+def rank_lines(args: EngineProcessArgs, ranks: list[int]) -> dict[int, bytes]:
+    """What each of these ranks, as a child of this process, is told at its start."""
+    return {
+        rank: msgspec.json.encode(
+            msgspec.structs.replace(args, rank=rank, parent=os.getpid(), address="", show_progress=False)
+        )
+        for rank in ranks
+    }
+
+
+def follow(args: EngineProcessArgs) -> None:
+    """What a rank other than 0 does: load, and then as it is told, until it is told to stop.
+
+    Raises:
+        ValueError: configuration and checkpoint do not fit each other or the machine; rank 0 knows.
+        RanksFailedError: other ranks have failed.
+    """
+    config = msgspec.convert(args.config, EngineConfig)
+    # Rank 0 has the shorter limit, so that it is the one to report.
+    watchdog = Watchdog(args.rank, None, 2 * config.dist_timeout, _end_process)
+    with watchdog.over("the meeting of the ranks", limited=False):
+        world = _join(args, config)
+    core = _build(args, config, world, None)
+    with watchdog.over("the end of loading", limited=False):
+        world.gather_bytes(msgspec.msgpack.encode(_describe(config, core, args.rank, world)), 0)
+    decoder, encoder = msgspec.msgpack.Decoder(Tick), msgspec.msgpack.Encoder()
+    while True:
+        with watchdog.over(f"wait for rank 0 after step {core.num_steps}", limited=args.has_heartbeats):
+            tick = decoder.decode(world.broadcast_bytes(None, 0))
+        if tick.stops:
+            break
+        with watchdog.over(f"step {core.num_steps + 1}"):
+            _obey(core, world, tick, encoder)
+    watchdog.stop()
+    world.close()
+
+
+def _obey(core: EngineCore, world: World, tick: Tick, encoder: msgspec.msgpack.Encoder) -> None:
+    refused = apply_messages(core, tick, world.dp_rank)
+    if tick.call is not None:
+        world.gather_bytes(encoder.encode(answer_call(core, tick.call)), 0)
+    elif not tick.steps:
+        world.all_gather_ints([0])
+    else:
+        output = core.step(tick.now)
+        if world.dp_size > 1:
+            is_first = world.attention.rank == 0
+            data = encoder.encode(StepOutput([*refused, *output.updates], output.stats)) if is_first else b""
+            world.gather_bytes(data, 0)
+
+
+def _join(args: EngineProcessArgs, config: EngineConfig) -> World:
+    world = join_world(
+        args.rank,
+        config.tp_size,
+        attn_dp_size=config.attn_dp_size,
+        device=resolve_device(config.device, args.rank - config.local_ranks.start),
+        rendezvous=config.dist_init_addr or Path(args.folder) / "rendezvous",
+        timeout_s=_FOREVER,
+    )
+    _compare_configs(world, config)
+    return world
+
+
+def _compare_configs(world: World, config: EngineConfig) -> None:
+    """Prove that all ranks were started with the same flags, but those that may differ from machine to machine."""
+    fields = dataclasses.asdict(dataclasses.replace(config, node_rank=0, model=None, num_threads=None))
+    digests = [digest for [digest] in world.all_gather_ints([zlib.crc32(msgspec.json.encode(fields, order="sorted"))])]
+    for rank, digest in enumerate(digests):
+        if digest != digests[0]:
+            raise ValueError(f"rank {rank} was started with other flags than rank 0; all machines need the same ones")
+
+
+def _check_ranks(config: EngineConfig, checkpoint: Path) -> None:
+    """Prove that the model can be cut, and the machine has a device for each rank, before anything is started."""
+    device = resolve_device(config.device)
+    model_config = ModelConfig.from_hub(checkpoint)
+    keep_fp8, _ = resolve_formats(config.weight_format, config.activation_format, device, model_config)
+    check_sharding(model_config, config.tp_size, experts_whole=config.experts_whole, keeps_fp8=keep_fp8)
+    for rank in config.local_ranks:
+        resolve_device(config.device, rank - config.local_ranks.start)
+
+
+def _describe(config: EngineConfig, core: EngineCore, rank: int, world: World) -> RankInfo:
+    return RankInfo(
+        rank=rank,
+        dp_rank=world.dp_rank,
+        node_rank=rank // config.local_size,
+        pid=os.getpid(),
+        device=core.info.device,
+        memory=core.info.memory,
+    )
+
+
+def _end_process(report: str) -> None:
+    logger.error("%s", report)
+    os._exit(1)
+
+
+def _build(
+    args: EngineProcessArgs, config: EngineConfig, world: World | None, progress: ProgressCallback | None
+) -> EngineCore:
+    return build_engine(
+        config,
+        Path(args.checkpoint),
+        eos_token_ids=frozenset(args.eos_token_ids),
+        num_valid_tokens=args.num_valid_tokens,
+        progress=progress,
+        world=world,
+    )
