@@ -279,6 +279,7 @@ class ServerConfig:
     enable_admin: bool = _option(False, "Serve /abort_request, /pause and /continue, to holders of the admin key.")
     admin_api_key: str | None = _option(None, "Bearer token of the admin routes; --enable-admin needs one.")
     disable_web_page: bool = _option(False, "Do not serve the web page at /.")
+    disable_web_page: bool = _option(False, "Do not serve the web page at /.")
     thinking: bool | None = _option(
         None, "Default of the chat template's thinking switch; default: the template's own."
     )

@@ -36,6 +36,7 @@ from dsengine.server.protocol_anthropic import CountTokensRequest, MessagesReque
 from dsengine.server.protocol_responses import ResponsesRequest
 from dsengine.server.responses import ClientDisconnected, client_left, json_response, until_disconnect
 from dsengine.server.service import Service, new_id
+from dsengine.server.web.page import PAGE_PATHS, add_page_routes
 
 _HEALTH_SECONDS = 30.0
 
@@ -88,6 +89,9 @@ class App:
         _add_state_routes(self.routes, service)
         if service.config.enable_admin:
             add_admin_routes(self.routes, service)
+        has_page = not service.config.disable_web_page
+        if has_page:
+            add_page_routes(self.routes)
         self.routes.add_exception_handler(HTTPException, errors.handle_http_exception)
         self.routes.add_exception_handler(RequestValidationError, errors.handle_validation_error)
         self.routes.add_exception_handler(ClientDisconnected, client_left)
@@ -99,6 +103,7 @@ class App:
             api_keys=service.config.api_key,
             admin_api_key=service.config.admin_api_key,
             max_body_bytes=service.config.max_body_bytes,
+            open_paths=PAGE_PATHS if has_page else (),
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -14,7 +14,7 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -39,8 +39,8 @@ class FrontDoor:
     """Outermost application.
 
     Args:
-        api_keys: every path but /health needs one of them, unless there is none. The digest of the key that a request
-            came with is left in its scope, under `KEY_DIGEST`.
+        api_keys: every path but /health and `open_paths` needs one of them, unless there is none. The digest of the key
+            that a request came with is left in its scope, under `KEY_DIGEST`.
         admin_api_key: the admin routes need this one instead; None: there are none.
         max_body_bytes: larger bodies are refused while they stream in.
     """
@@ -54,6 +54,7 @@ class FrontDoor:
         api_keys: Sequence[str],
         admin_api_key: str | None,
         max_body_bytes: int,
+        open_paths: Collection[str] = (),
     ) -> None:
         self._app = app
         self._lifecycle = lifecycle
@@ -61,6 +62,7 @@ class FrontDoor:
         self._key_digests = [_digest(key.encode()) for key in api_keys]
         self._admin_digests = [] if admin_api_key is None else [_digest(admin_api_key.encode())]
         self._max_body_bytes = max_body_bytes
+        self._open_paths = OPEN_PATHS | frozenset(open_paths)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -91,7 +93,7 @@ class FrontDoor:
     def _admit(self, scope: Scope) -> None:
         path, headers = scope["path"], scope["headers"]
         _check_header_size(headers)
-        if path not in OPEN_PATHS:
+        if path not in self._open_paths:
             is_admin = path in ADMIN_PATHS and self._admin_digests
             scope[KEY_DIGEST] = _authenticate(headers, self._admin_digests if is_admin else self._key_digests)
         if self._lifecycle.draining and path not in _WHILE_DRAINING:

@@ -18,6 +18,7 @@ from test_bad_input import check_error
 from dsengine.config import ServerConfig
 from dsengine.server import front_door
 from dsengine.server.app import App
+from dsengine.server.web.page import PAGE_PATHS
 from dsengine.tokenizer.tokenizer import Tokenizer
 
 KEY = "sk-tést"
@@ -47,18 +48,24 @@ def every_route(app: App) -> list[tuple[str, str]]:
     return [(method, route.path.replace("{model:path}", MODEL)) for route in routes for method in route.methods or ()]
 
 
-def test_every_route_but_health_needs_the_key() -> None:
+def test_every_route_but_health_and_the_page_needs_the_key() -> None:
     app = app_of(api_key=KEY)
     wrong = [
         None, b"", b"Bearer", b"Bearer ", b"Bearer nope", f"Basic {KEY}".encode(), KEY.encode(),
         f"Bearer {KEY}x".encode(), "Bearer é".encode("latin-1"), b"Bearer " + b"k" * 60_000,
     ]  # fmt: skip
-    elsewhere = [("GET", "/nowhere"), ("GET", "//health"), ("GET", "/health/"), ("POST", "/")]
+    elsewhere = [
+        ("GET", "/nowhere"),
+        ("GET", "http://test//health"),
+        ("GET", "/health/"),
+        ("GET", "/web/"),
+        ("GET", "/web"),
+    ]
     for method, path in every_route(app) + elsewhere:
         for value in wrong:
             headers = [] if value is None else [(b"authorization", value)]
             response = send(app, method, path, headers=headers)
-            if path == "/health":
+            if path == "/health" or path in PAGE_PATHS:
                 assert response.status_code == 200
                 continue
             assert response.status_code == 401, (method, path, value)
@@ -82,7 +89,7 @@ def test_routes_are_the_ones_that_are_counted() -> None:
     from dsengine.server.metrics import ROUTES
 
     everything = app_of(enable_admin=True, admin_api_key="x")
-    paths = {path for _, path in every_route(everything)} - {"/openapi.json", f"/v1/models/{MODEL}"}
+    paths = {path for _, path in every_route(everything)} - {"/openapi.json", f"/v1/models/{MODEL}"} - PAGE_PATHS
     assert paths == set(ROUTES)
 
 
