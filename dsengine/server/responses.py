@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any, TypeVar
 
@@ -17,7 +16,7 @@ from dsengine.server.metrics import CLIENT_CLOSED_REQUEST
 
 T = TypeVar("T")
 
-# A client that reads nothing for this long is given up, so that its text need not be kept.
+# A client that reads nothing for this long, or up to twice as long, is given up, so that its text need not be kept.
 STALL_SECONDS = 60.0
 
 Events = AsyncGenerator[dict[str, Any], None]
@@ -87,37 +86,55 @@ class EventStream(Response):
         self._describe_error = describe_error
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        sender = asyncio.create_task(self._send_all(send))
+        watched = _WatchedSend(send)
+        sender = asyncio.create_task(self._send_all(watched))
         watch = asyncio.create_task(_disconnected(receive))
+        stall = asyncio.create_task(watched.stalled())
         try:
-            await asyncio.wait((sender, watch), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((sender, watch, stall), return_when=asyncio.FIRST_COMPLETED)
         finally:
-            await _cancel(sender, watch)
+            await _cancel(sender, watch, stall)
             await self._rest.aclose()
         if not sender.cancelled() and (error := sender.exception()) is not None:
             raise error
 
     async def _send_all(self, send: Send) -> None:
         start: Message = {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
-        with contextlib.suppress(TimeoutError):
-            await _send_in_time(send, start)
-            await _send_in_time(send, _body(self._event(self._first)))
-            try:
-                async for event in self._rest:
-                    await _send_in_time(send, _body(self._event(event)))
-            except ApiError as error:
-                await _send_in_time(send, _body(self._event(self._describe_error(error)), last=True))
-            else:
-                await _send_in_time(send, _body(b"" if self._named else b"data: [DONE]\n\n", last=True))
+        await send(start)
+        await send(_body(self._event(self._first)))
+        try:
+            async for event in self._rest:
+                await send(_body(self._event(event)))
+        except ApiError as error:
+            await send(_body(self._event(self._describe_error(error)), last=True))
+        else:
+            await send(_body(b"" if self._named else b"data: [DONE]\n\n", last=True))
 
     def _event(self, body: dict[str, Any]) -> bytes:
         name = b"event: " + body["type"].encode() + b"\n" if self._named else b""
         return name + b"data: " + encode_json(body) + b"\n\n"
 
 
-async def _send_in_time(send: Send, message: Message) -> None:
-    async with asyncio.timeout(STALL_SECONDS):
-        await send(message)
+class _WatchedSend:
+    """Sends messages, and knows since when one of them has been waiting for its reader.
+
+    A timer for every message would cost more than sending it: most are gone at once.
+    """
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self._loop = asyncio.get_running_loop()
+        self._since: float | None = None
+
+    async def __call__(self, message: Message) -> None:
+        self._since = self._loop.time()
+        await self._send(message)
+        self._since = None
+
+    async def stalled(self) -> None:
+        """Returns when a message has waited for too long."""
+        while self._since is None or (left := self._since + STALL_SECONDS - self._loop.time()) > 0:
+            await asyncio.sleep(STALL_SECONDS if self._since is None else left)
 
 
 def _body(data: bytes, *, last: bool = False) -> Message:
