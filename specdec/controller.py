@@ -35,6 +35,10 @@ class StepCosts(Protocol):
         """The drafter's pass over so many tokens; 0 for a drafter that computes nothing."""
         ...
 
+    def catch_up(self, tokens: int) -> float:
+        """Entering so many tokens into the drafter's cache; 0 for a drafter that has none."""
+        ...
+
 
 @dataclass(frozen=True)
 class Load:
@@ -59,11 +63,11 @@ def step_cost(shape: TreeShape | None, load: Load, costs: StepCosts) -> float:
     """
     count, context = load.requests, load.context
     if shape is None:
-        return costs.main(count, count, context) + costs.draft(count, count, context)
-    # A chain runs its newest node alone; a wider tree runs all its nodes so far again.
-    passes = [1 if shape.topk == 1 else shape.topk * step for step in range(1, shape.steps)]
+        return costs.main(count, count, context) + costs.catch_up(count)
+    # First the roots. Then a chain runs its newest node alone; a wider tree runs all its nodes so far again.
+    passes = [1, *(1 if shape.topk == 1 else shape.topk * step for step in range(1, shape.steps))]
     drafting = sum(costs.draft(count * nodes, count, context) for nodes in passes)
-    catching_up = costs.draft(count * (shape.max_depth + 1), count, context)
+    catching_up = costs.catch_up(count * (shape.max_depth + 1))
     return drafting + costs.main(count * shape.num_nodes, count, context) + catching_up
 
 

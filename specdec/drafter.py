@@ -2,8 +2,9 @@
 
 `NextNDrafter` uses the checkpoint's own NextN layer. Its cache is one more layer of the pool, with the same slots:
 entry i is made of the main model's hidden state at position i and of token i + 1, and its output predicts token
-i + 2. `extend` keeps it complete for all tokens the main model has computed, with the model's true hidden states;
-`draft` goes on from there with the layer's own output in place of the hidden state it cannot know, in slots after the
+i + 2. `extend` keeps it complete for all tokens the main model has computed, with the model's true hidden states; a
+single layer's entries need no attention, so that this costs a few small products. `draft` computes the output at the
+last entry and goes on with the layer's own output in place of the hidden state it cannot know, in slots after the
 context that are nobody's and are overwritten later.
 
 `NGramDrafter` needs no layer: it looks up what followed the latest tokens earlier in the same text.
@@ -82,21 +83,23 @@ class NextNDrafter:
         self._nextn = model.nextn
         self._kv_cache = kv_cache
         self._num_valid_tokens = num_valid_tokens
-        # Output of the layer at each request's last entry: what the next drafts start from.
-        self._outputs = torch.zeros((num_rows, model.config.hidden_size), dtype=model.dtype, device=model.device)
+        # The main model's hidden state before each request's newest token: what the next drafts start from.
+        self._hidden = torch.zeros((num_rows, model.config.hidden_size), dtype=model.dtype, device=model.device)
 
-    def extend(self, hidden: Tensor, next_ids: Tensor, batch: ForwardBatch, last: Tensor, rows: Tensor) -> None:
+    def extend(
+        self, hidden: Tensor, next_ids: Tensor, positions: Tensor, slots: Tensor, last: Tensor, rows: Tensor
+    ) -> None:
         """Enter tokens that the main model has computed into the layer's cache.
 
         Args:
             hidden: [T, hidden_size], the main model's, after its final norm.
             next_ids: int64 [T], the token after each.
-            batch: the T tokens with their positions and slots; the absorbed ones run causally.
+            positions, slots: int64 [T], theirs.
             last: int64 [R], for requests that can be drafted for next, the token just before their newest one.
             rows: int64 [R], their rows of the drafter's memory.
         """
-        output = self._nextn.forward(hidden, next_ids, batch, self._kv_cache)
-        self._outputs.index_copy_(0, rows, output[last])
+        self._nextn.store(hidden, next_ids, positions, slots, self._kv_cache)
+        self._hidden.index_copy_(0, rows, hidden[last])
 
     def draft(self, targets: DraftTargets, shape: TreeShape) -> TokenTree:
         """Grow the trees a generation at a time and keep the likeliest nodes."""
@@ -104,7 +107,7 @@ class NextNDrafter:
         if shape.topk == 1:
             return self._draft_chains(targets, shape, slots)
         grower = TreeGrower(targets.roots, shape.topk)
-        generation = _Generation.first(self._outputs[targets.rows])
+        generation = _Generation.first(self._run_roots(targets, slots))
         for step in range(shape.steps):
             if step:
                 generation = generation.descend(grower)
@@ -116,7 +119,7 @@ class NextNDrafter:
 
     def _draft_chains(self, targets: DraftTargets, shape: TreeShape, slots: _SlotsAfter) -> TokenTree:
         """The likeliest token after the likeliest token, and so on: all earlier nodes are seen, so only one is run."""
-        hidden = self._outputs[targets.rows][:, None]
+        hidden = self._run_roots(targets, slots)
         tokens, scores = [targets.roots[:, None]], [torch.zeros_like(targets.roots, dtype=torch.float32)[:, None]]
         for depth in range(shape.max_depth):
             if depth:
@@ -127,8 +130,12 @@ class NextNDrafter:
             scores.append(scores[-1] + values)
         return chains(torch.cat(tokens, dim=1), torch.cat(scores, dim=1))
 
+    def _run_roots(self, targets: DraftTargets, slots: _SlotsAfter) -> Tensor:
+        """[B, 1, hidden_size], the layer's output at the roots, whose entries are in the cache."""
+        return self._run(self._hidden[targets.rows][:, None], targets.roots[:, None], slots.roots())
+
     def _run(self, hidden: Tensor, tokens: Tensor, batch: ForwardBatch) -> Tensor:
-        """Pass nodes [B, E] through the layer, given its output [B, E, hidden_size] at their parents."""
+        """Pass nodes [B, E] through the layer, given the output [B, E, hidden_size] at their parents."""
         return self._nextn.forward(hidden.flatten(0, 1), tokens.flatten(), batch, self._kv_cache).view(hidden.shape)
 
     def _log_probs(self, outputs: Tensor) -> Tensor:
@@ -159,8 +166,8 @@ class _Generation:
 
     @classmethod
     def first(cls, outputs: Tensor) -> _Generation:
-        """The root, whose output is known: it has an entry of its own in the cache and needs no pass."""
-        batch, width = outputs.shape
+        """The root, which has an entry of its own in the cache; its output [B, 1, hidden_size] is known."""
+        batch, _, width = outputs.shape
         none = torch.zeros((batch, 0), dtype=torch.int64, device=outputs.device)
         return cls(
             frontier=torch.zeros((batch, 1), dtype=torch.int64, device=outputs.device),
@@ -168,7 +175,7 @@ class _Generation:
             tokens=none,
             depths=none,
             mask=torch.zeros((batch, 0, 0), dtype=torch.bool, device=outputs.device),
-            outputs=outputs[:, None],
+            outputs=outputs,
         )
 
     def descend(self, grower: TreeGrower) -> _Generation:
@@ -215,20 +222,27 @@ class _SlotsAfter:
             targets.block_table.long().gather(1, positions // block_size) * block_size + positions % block_size
         )
 
+    def roots(self) -> ForwardBatch:
+        """The roots, which stand at the layer's last entries and are not stored again."""
+        return self._batch(-1, torch.full_like(self._context, -1), self._context - 1, None)
+
     def batch(self, first: int, depths: Tensor, mask: Tensor | None) -> ForwardBatch:
         """Nodes of these depths [B, E], in the slots from `first` on; all of them see the nodes in the slots before."""
-        targets, device = self._targets, self._device
-        batch, count = depths.shape
-        slots = self._slots[:, first : first + count].flatten()
-        # The root has depth 0 and stands one position after the layer's last entry.
-        positions = self._context + depths - 1
+        # A root has depth 0.
+        return self._batch(first, self._slots[:, first : first + depths.shape[1]], self._context + depths - 1, mask)
+
+    def _batch(self, first: int, slots: Tensor, positions: Tensor, mask: Tensor | None) -> ForwardBatch:
+        """Tokens [B, E] whose first one's entry is number `first` after the context."""
+        targets = self._targets
+        batch, count = slots.shape
+        slots = slots.flatten()
         return ForwardBatch(
             input_ids=slots,
             positions=positions.flatten(),
             slot_mapping=slots,
             block_table=targets.block_table,
             cache_seqlens=(self._context[:, 0] + (first + count)).to(torch.int32),
-            cu_seqlens_q=torch.arange(0, batch * count + 1, count, dtype=torch.int32, device=device),
+            cu_seqlens_q=torch.arange(0, batch * count + 1, count, dtype=torch.int32, device=self._device),
             num_decodes=batch,
             num_decode_tokens=batch * count,
             query_lens=(count,) * batch,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dsengine.engine.batch import ScheduledRequest
-from dsengine.engine.batch_inputs import BatchInputs, Int64Array, lay_out, table_of
+from dsengine.engine.batch_inputs import Int64Array, table_of
 from dsengine.engine.phase_times import PhaseTimes
 from dsengine.engine.request import Request, RequestStatus
 from dsengine.engine.sampler import SampledToken, Sampler, TokenScores
@@ -37,9 +37,8 @@ class PreparedDrafts:
         shape: of the trees of the first `len(trees)` requests of the step.
         block_table: of those, with room for `shape.num_slots` entries.
         rows: of the drafter's memory, for requests that get a token: those with trees first.
-        catch_up: tokens whose successors will be known; None where they are those of the step itself.
-        next_ids: their successors, 0 where they are still to be drawn.
-        drawn: places of those in `next_ids`, after the trees' own, one for each request that samples without a tree.
+        next_ids: successors of the other requests' tokens, 0 where they are still to be drawn.
+        drawn: places of those, one for each request that samples without a tree.
         only_proposals: the trees are chains that grammars propose.
     """
 
@@ -47,7 +46,6 @@ class PreparedDrafts:
     trees: tuple[ScheduledRequest, ...]
     block_table: np.ndarray
     rows: Int64Array
-    catch_up: BatchInputs | None
     next_ids: Int64Array
     drawn: Int64Array
     only_proposals: bool = False
@@ -151,30 +149,18 @@ class Speculator:
         others = ordered[len(trees) :]
         size = self._pool.block_size
         rows = self._rows.of([s.request for s in (*trees, *others) if s.samples])
-        block_table, next_ids, drawn, catch_up = np.zeros((0, 0), np.int32), [], [], None
-        first = 0
+        block_table, next_ids, drawn = np.zeros((0, 0), np.int32), [], []
         if trees:
             assert shape is not None
             ends = np.array([s.start + shape.num_slots for s in trees], dtype=np.int64)
             block_table = table_of([s.request for s in trees], -(-ends // size))
-            first = len(trees) * (shape.max_depth + 1)
-            if self.needs_hidden:
-                lengths = [shape.max_depth + 1] * len(trees) + [s.num_tokens for s in others]
-                catch_up = lay_out(ordered, lengths, size)
         for s in others:
             next_ids += s.request.token_ids(s.start + 1, s.start + s.num_tokens + 1)
             if s.samples:
-                drawn.append(first + len(next_ids))
+                drawn.append(len(next_ids))
                 next_ids.append(0)
         return PreparedDrafts(
-            shape,
-            trees,
-            block_table,
-            rows,
-            catch_up,
-            np.array(next_ids, np.int64),
-            np.array(drawn, np.int64),
-            only_proposals,
+            shape, trees, block_table, rows, np.array(next_ids, np.int64), np.array(drawn, np.int64), only_proposals
         )
 
     def draft(self, plan: PreparedDrafts) -> TokenTree | None:
@@ -228,18 +214,19 @@ class Speculator:
 
     def _compact(self, plan: PreparedDrafts, paths: AcceptedPaths) -> None:
         """Moves the entries of accepted nodes to the places of their tokens, in all layers of the main model."""
-        device, size = paths.nodes.device, self._pool.block_size
-        table = upload(plan.block_table, device).long()
-        context = upload(np.array([s.start for s in plan.trees], dtype=np.int64), device)[:, None]
-        places = torch.arange(paths.nodes.shape[1], device=device).expand_as(paths.nodes)
-
-        def slots(nodes: Tensor) -> Tensor:
-            positions = context + nodes
-            return (table.gather(1, positions // size) * size + positions % size)[:, 1:].flatten()
-
+        places = torch.arange(paths.nodes.shape[1], device=paths.nodes.device).expand_as(paths.nodes)
         # Behind the end of a path everything stays where it is.
         kept = torch.where(paths.nodes < 0, places, paths.nodes)
-        self._pool.move(slots(kept), slots(places), self._num_layers)
+        (_, sources), (_, targets) = self._places(plan, kept[:, 1:]), self._places(plan, places[:, 1:])
+        self._pool.move(sources, targets, self._num_layers)
+
+    def _places(self, plan: PreparedDrafts, offsets: Tensor) -> tuple[Tensor, Tensor]:
+        """(positions, slots) that lie so far [B, n] after the contexts of the requests with trees, int64 [B · n]."""
+        size = self._pool.block_size
+        context = upload(np.array([s.start for s in plan.trees], dtype=np.int64), offsets.device)
+        positions = context[:, None] + offsets
+        blocks = upload(plan.block_table, offsets.device).long().gather(1, positions // size)
+        return positions.flatten(), (blocks * size + positions % size).flatten()
 
     def catch_up(
         self,
@@ -261,21 +248,26 @@ class Speculator:
             return
         device = hidden.device
         next_ids, last = upload(plan.next_ids, device), upload(plan.drawn, device)
+        positions, slots = batch.positions, batch.slot_mapping
+        if drawn is not None and len(plan.drawn):
+            next_ids.index_copy_(0, last, drawn.clamp(min=0))
         if accepted is not None:
-            assert plan.catch_up is not None and plan.shape is not None
+            assert plan.shape is not None
             paths, tokens = accepted
             count, width = paths.nodes.shape
             num_nodes = count * plan.shape.num_nodes
             nodes = hidden[:num_nodes].view(count, plan.shape.num_nodes, -1)
             kept = nodes.gather(1, paths.nodes.clamp(min=0)[:, :, None].expand(-1, -1, nodes.shape[2]))
+            # Behind the end of a path nobody reads the entries before they are written again.
+            steps = torch.arange(width, device=device).expand_as(tokens)
+            tree_positions, tree_slots = self._places(plan, steps)
+            ends = torch.arange(0, count * width, width, device=device) + paths.lengths - 1
             hidden = torch.cat((kept.flatten(0, 1), hidden[num_nodes:]))
             next_ids = torch.cat((tokens.clamp(min=0).flatten(), next_ids))
-            ends = torch.arange(0, count * width, width, device=device) + paths.lengths - 1
-            batch = plan.catch_up.to_device(device, None)
-            last = torch.cat((ends, last))
-        if drawn is not None and len(plan.drawn):
-            next_ids.index_copy_(0, upload(plan.drawn, device), drawn.clamp(min=0))
-        self._nextn.extend(hidden, next_ids, batch, last, upload(plan.rows, device))
+            positions = torch.cat((tree_positions, positions[num_nodes:]))
+            slots = torch.cat((tree_slots, slots[num_nodes:]))
+            last = torch.cat((ends, last + count * width))
+        self._nextn.extend(hidden, next_ids, positions, slots, last, upload(plan.rows, device))
 
 
 def proposed_chains(roots: Tensor, proposals: Sequence[Sequence[int]], shape: TreeShape) -> TokenTree:

@@ -94,6 +94,9 @@ class _FreeDrafts:
     def draft(self, tokens: int, requests: int, context: int) -> float:
         return 0.0
 
+    def catch_up(self, tokens: int) -> float:
+        return 0.0
+
 
 def _costs(runner: ModelRunner) -> StepCosts:
     model, cache = runner.model, runner.pool.layers[0]

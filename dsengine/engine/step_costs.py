@@ -46,6 +46,15 @@ class RooflineCosts:
         projection = work.linear("eh", hidden, 2 * hidden, tokens)
         return total_seconds([*layer, projection, work.head(requests)], work.gpu)
 
+    def catch_up(self, tokens: int) -> float:
+        work, config = self._work, self._work.config
+        query_width = config.q_lora_rank or config.num_attention_heads * config.qk_head_dim
+        products = [
+            work.linear("eh", config.hidden_size, 2 * config.hidden_size, tokens),
+            work.linear("qkv_a", query_width + config.latent_dim, config.hidden_size, tokens),
+        ]
+        return total_seconds(products, work.gpu)
+
 
 class MeasuredCosts:
     """Seconds of passes tried on this machine, with straight lines between them."""
@@ -55,6 +64,7 @@ class MeasuredCosts:
         self._row = (cache_width, cache_dtype)
         self._main = self._measure(self._run_main)
         self._draft = self._measure(self._run_draft) if model.nextn is not None else [(1, 0.0)]
+        self._catch_up = self._measure(self._run_catch_up) if model.nextn is not None else [(1, 0.0)]
         cached = _LONG - _SHORT
         self._per_cached = (
             max(0.0, self._time(self._run_main, 1, _LONG) - self._time(self._run_main, 1, _SHORT)) / cached
@@ -66,6 +76,9 @@ class MeasuredCosts:
     def draft(self, tokens: int, requests: int, context: int) -> float:
         share = 1 / len(self._model.layers)
         return _between(self._draft, tokens) + share * self._per_cached * requests * context
+
+    def catch_up(self, tokens: int) -> float:
+        return _between(self._catch_up, tokens)
 
     def _measure(self, run: Callable[[list[int], int, Tensor], object]) -> list[tuple[int, float]]:
         table: dict[int, float] = {}
@@ -101,6 +114,13 @@ class MeasuredCosts:
         batch = forced_batch([text], model.device, spans=[(len(text) - tokens, len(text))], absorbed=True)
         hidden = model.embed(batch.input_ids)
         model.compute_logits(model.nextn.forward(hidden, batch.input_ids, batch, cache))
+
+    def _run_catch_up(self, text: list[int], tokens: int, cache: Tensor) -> None:
+        model = self._model
+        assert model.nextn is not None
+        batch = forced_batch([text], model.device, spans=[(len(text) - tokens, len(text))], absorbed=True)
+        hidden = model.embed(batch.input_ids)
+        model.nextn.store(hidden, batch.input_ids, batch.positions, batch.slot_mapping, cache)
 
 
 def _between(table: Sequence[tuple[int, float]], tokens: int) -> float:

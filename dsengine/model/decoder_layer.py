@@ -49,3 +49,7 @@ class DecoderLayer:
         attended = self._group.all_reduce(self.attention(normed, batch, plan, cos_sin, kv_cache))
         normed, residual = self.post_attention_norm.activation_after_add(attended, residual)
         return self._group.all_reduce(self.mlp(normed)), residual
+
+    def store(self, x: Tensor, positions: Tensor, slots: Tensor, cos_sin: Tensor, kv_cache: Tensor) -> None:
+        """What a call with x [T, hidden_size] and no residual leaves in the cache, and nothing else."""
+        self.attention.store(self.input_norm.activation(x), positions, slots, cos_sin, kv_cache)

@@ -110,6 +110,14 @@ class LatentAttention:
         attended = parts[0] if len(parts) == 1 else torch.cat(parts)
         return self.o_proj(attended)
 
+    def store(self, x: Activation, positions: Tensor, slots: Tensor, cos_sin: Tensor, kv_cache: Tensor) -> None:
+        """Store the latents of x [T, hidden_size] in the cache: all that later tokens need of them."""
+        _, kv_a = torch.split(self.qkv_a(x), [self._query_width, self._config.latent_dim], dim=-1)
+        no_queries = kv_a.new_empty((kv_a.shape[0], 0, self._config.qk_rope_head_dim))
+        self._kernels.mla_prep(
+            no_queries, kv_a, self.kv_norm_weight, LATENT_NORM_EPS, cos_sin, positions, slots, kv_cache
+        )
+
     def _attend_absorbed(self, q_nope: Tensor, q_rope: Tensor, part: AbsorbedPart, kv_cache: Tensor) -> Tensor:
         """[T, H, nope] and [T, H, rope] → [T, H · v], T the tokens of this part."""
         q_latent = torch.bmm(q_nope.transpose(0, 1), self.w_uk).transpose(0, 1)

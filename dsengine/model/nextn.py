@@ -61,9 +61,22 @@ class NextnLayer:
         Returns:
             [T, hidden_size] after shared_head.norm: `compute_logits` of it scores the tokens at positions i + 2.
         """
-        embedding = self._embed(next_token_ids)
-        x = self.eh_proj(torch.cat((self.enorm(embedding), self.hnorm(previous_hidden)), dim=-1))
+        x = self._combine(previous_hidden, next_token_ids)
         plan = plan_attention(batch, block_size=kv_cache.shape[1])
         x, residual = self.layer(x, None, batch, plan, self._cos_sin, kv_cache)
         normed, _ = self.norm.after_add(x, residual)
         return normed
+
+    def store(
+        self, previous_hidden: Tensor, next_token_ids: Tensor, positions: Tensor, slots: Tensor, kv_cache: Tensor
+    ) -> None:
+        """What `forward` does to the cache, without an output: the entries of a single layer need no attention.
+
+        Args:
+            positions, slots: int64 [T].
+        """
+        self.layer.store(self._combine(previous_hidden, next_token_ids), positions, slots, self._cos_sin, kv_cache)
+
+    def _combine(self, previous_hidden: Tensor, next_token_ids: Tensor) -> Tensor:
+        embedding = self._embed(next_token_ids)
+        return self.eh_proj(torch.cat((self.enorm(embedding), self.hnorm(previous_hidden)), dim=-1))

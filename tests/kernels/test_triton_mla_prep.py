@@ -95,7 +95,7 @@ def marked(device, shape, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("tokens,heads,index", [(1, 128, torch.int64), (4, 3, torch.int32)])
+@pytest.mark.parametrize("tokens,heads,index", [(1, 128, torch.int64), (4, 3, torch.int32), (3, 0, torch.int64)])
 def test_preparation_with_a_float_cache(device, dtype, tokens, heads, index):
     args = inputs(device, dtype, tokens, heads, index=index)
     cache, expected_cache = (marked(device, (6, 8, 576), dtype) for _ in range(2))

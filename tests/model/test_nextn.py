@@ -79,6 +79,23 @@ def test_chunks_and_steps_continue_its_cache(model: DeepseekModel, chunks: list[
     torch.testing.assert_close(parts, whole, atol=1e-5, rtol=0)
 
 
+def test_storing_leaves_in_the_cache_what_a_pass_leaves(model: DeepseekModel) -> None:
+    nextn = model.nextn
+    assert nextn is not None
+    hidden = torch.randn(len(TOKENS), 128, generator=torch.Generator().manual_seed(2))
+    caches = []
+    for stores in (False, True):
+        session = Session(model, max_tokens=len(TOKENS), num_requests=1)
+        batch, cache = session.batch([(0, TOKENS)], num_decodes=0), session.kv_caches[-1]
+        if stores:
+            nextn.store(hidden, torch.tensor(TOKENS), batch.positions, batch.slot_mapping, cache)
+        else:
+            nextn.forward(hidden, torch.tensor(TOKENS), batch, cache)
+        caches.append(cache.view(-1, cache.shape[2])[batch.slot_mapping])
+    assert caches[0].abs().min(dim=1).values.max() > 0
+    torch.testing.assert_close(*caches, atol=1e-6, rtol=0)
+
+
 def test_first_token_by_hand(model: DeepseekModel) -> None:
     """One token attends to itself alone, so its attention is its own value: the layer becomes a short formula."""
     nextn = model.nextn

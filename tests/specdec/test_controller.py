@@ -27,6 +27,9 @@ class Machine:
     def draft(self, tokens: int, requests: int, context: int) -> float:
         return self.draft_share * self.main(tokens, requests, context)
 
+    def catch_up(self, tokens: int) -> float:
+        return 0.1 * self.draft(tokens, 1, 0)
+
 
 def simulate(
     controller: TreeController, rates: dict[int, list[float]], requests: int, steps: int, seed: int = 0

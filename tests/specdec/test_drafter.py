@@ -40,7 +40,9 @@ def extended(model: DeepseekModel, texts: list[list[int]]) -> tuple[Session, Nex
     for row, text in enumerate(texts):
         batch = session.batch([(row, text[:-1])], num_decodes=0)
         hidden = model.forward(batch, session.kv_caches)
-        drafter.extend(hidden, torch.tensor(text[1:]), batch, torch.tensor([len(text) - 2]), torch.tensor([row]))
+        last = torch.tensor([len(text) - 2])
+        ids = torch.tensor(text[1:])
+        drafter.extend(hidden, ids, batch.positions, batch.slot_mapping, last, torch.tensor([row]))
         session.lengths[row] = len(text) - 1
     return session, drafter
 
@@ -69,11 +71,13 @@ def slow_score(model: DeepseekModel, text: list[int], path: list[int]) -> float:
     """Draft log-probability of a path, drafted token by token in a cache of its own."""
     session, drafter = extended(model, [text])
     assert model.nextn is not None
-    hidden, score = drafter._outputs[0:1], 0.0
-    for token in path:
-        logits = model.compute_logits(hidden)
-        logits[:, VALID:] = -torch.inf
-        score += float(logits.log_softmax(-1)[0, token])
+    hidden, score = drafter._hidden[0:1], 0.0
+    session.lengths[0] -= 1
+    for depth, token in enumerate((text[-1], *path)):
+        if depth:
+            logits = model.compute_logits(hidden)
+            logits[:, VALID:] = -torch.inf
+            score += float(logits.log_softmax(-1)[0, token])
         batch = session.batch([(0, [token])], num_decodes=1)
         hidden = model.nextn.forward(hidden, torch.tensor([token]), batch, session.kv_caches[-1])
         session.lengths[0] += 1
