@@ -20,7 +20,7 @@ class DecoderLayer:
 
     def __init__(self, slots: WeightSlots, kernels: Kernels, config: ModelConfig, index: int) -> None:
         prefix, hidden, eps = layer_prefix(index), config.hidden_size, config.rms_norm_eps
-        self._group = slots.layout.group
+        self._group = slots.layout.attention
         self.attention = LatentAttention(slots, kernels, config, f"{prefix}self_attn.")
         self.mlp: MixtureOfExperts | GatedMLP
         if config.is_moe_layer(index):

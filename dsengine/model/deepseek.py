@@ -34,7 +34,7 @@ class DeepseekModel:
         self.device = slots.device
         self.dtype = slots.dtype
         self.cos_sin = rotary_table(config, slots.device)
-        self._group = slots.layout.group
+        self._group = slots.layout.attention
         self._vocab_here, _ = slots.layout.padded_part(config.vocab_size)
         self.embed_tokens = self._vocab_table(slots, "model.embed_tokens.weight")
         self.layers = [DecoderLayer(slots, kernels, config, index) for index in range(config.num_hidden_layers)]

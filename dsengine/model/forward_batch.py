@@ -33,6 +33,8 @@ class ForwardBatch:
         tree_mask: bool [num_decode_tokens, at least the largest of the first `num_decodes` query lengths], where new
             tokens form trees: [t, i] whether token t sees the i-th new token of its own request. The slots of a
             request's new tokens follow its context in the order of `i`, whatever their positions. None: causal.
+        rank_tokens: tokens of every attention-DP group in this pass, T at this one's place; any may be 0. None where
+            there is one group only.
     """
 
     input_ids: Tensor
@@ -47,6 +49,7 @@ class ForwardBatch:
     context_lens: tuple[int, ...]
     logits_indices: Tensor
     tree_mask: Tensor | None = None
+    rank_tokens: tuple[int, ...] | None = None
 
     @property
     def num_tokens(self) -> int:

@@ -20,7 +20,7 @@ from dsengine.model.activations import ActivationFormat
 from dsengine.model.checkpoint import CheckpointError, StoredTensor, raise_problems, read_checkpoint
 from dsengine.model.config import ModelConfig
 from dsengine.model.deepseek import DeepseekModel
-from dsengine.model.sharding import check_sharding
+from dsengine.model.sharding import check_layout
 from dsengine.model.tensors import (
     FP8_DTYPE,
     SCALE_SUFFIX,
@@ -77,7 +77,15 @@ def load_model(
     fp8_weights = frozenset(name for name, tensor in used.items() if tensor.dtype == FP8_DTYPE)
     keep_fp8, activations = resolve_formats(weight_format, activation_format, device, config)
     layout = layout or Layout()
-    check_sharding(config, layout.group.size, experts_whole=layout.experts_whole, keeps_fp8=keep_fp8)
+    check_layout(
+        config,
+        tp_size=layout.world.size,
+        attn_dp_size=layout.dp_size,
+        experts_whole=layout.experts_whole,
+        keeps_fp8=keep_fp8,
+        moe_exchange=layout.moe_exchange,
+        redundant_experts=layout.redundant_experts,
+    )
     slots = WeightSlots(device, dtype, fp8_weights if keep_fp8 else frozenset(), activations, layout)
     model = DeepseekModel(slots, kernels, config, with_nextn)
     assert slots.by_name.keys() | slots.elsewhere == expected.keys(), (
@@ -178,16 +186,7 @@ class _Filling:
         return tuple(slice(b.start * size, end) for b, size, end in zip(blocks, FP8_BLOCK, ends, strict=False))
 
     def _fill_scale(self, tensor: StoredTensor, scale: Tensor) -> None:
-        if not bool((torch.isfinite(scale) & (scale > 0)).all()):
-            raise CheckpointError(
-                f"{tensor.file.name}: tensor {tensor.name!r} expected finite scales above 0, "
-                f"found values from {scale.min().item()} to {scale.max().item()}"
-            )
-        if self._scales_are_powers_of_two and not is_ue8m0(scale):
-            raise CheckpointError(
-                f"{tensor.file.name}: tensor {tensor.name!r} expected powers of two (scale_fmt is ue8m0), "
-                f"found {_not_power_of_two(scale)}"
-            )
+        check_scale(tensor, scale, powers_of_two=self._scales_are_powers_of_two)
         weight = tensor.name.removesuffix(SCALE_SUFFIX)
         slot = self._slots[weight]
         if slot.scale is not None:
@@ -204,6 +203,24 @@ class _Filling:
             if slot.cut is not None:
                 weight = weight[_within_blocks(slot.cut)]
         slot.weight.copy_(weight)
+
+
+def check_scale(tensor: StoredTensor, scale: Tensor, *, powers_of_two: bool) -> None:
+    """Refuse scales of FP8 weights that cannot be meant.
+
+    Raises:
+        CheckpointError: a scale is not finite or not above 0, or no power of two where all must be.
+    """
+    if not bool((torch.isfinite(scale) & (scale > 0)).all()):
+        raise CheckpointError(
+            f"{tensor.file.name}: tensor {tensor.name!r} expected finite scales above 0, "
+            f"found values from {scale.min().item()} to {scale.max().item()}"
+        )
+    if powers_of_two and not is_ue8m0(scale):
+        raise CheckpointError(
+            f"{tensor.file.name}: tensor {tensor.name!r} expected powers of two (scale_fmt is ue8m0), "
+            f"found {_not_power_of_two(scale)}"
+        )
 
 
 def _blocks(part: slice, size: int) -> slice:

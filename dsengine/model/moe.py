@@ -92,13 +92,9 @@ class MixtureOfExperts:
 
     def _allocate_experts(self, slots: WeightSlots, config: ModelConfig, prefix: str) -> None:
         layout, hidden, inter = slots.layout, config.hidden_size, config.moe_intermediate_size
-        here, channels = slice(0, config.n_routed_experts), slice(0, inter)
-        if layout.experts_whole:
-            here = layout.part(config.n_routed_experts)
-        else:
-            channels = layout.part(inter)
+        here, channels = layout.expert_ids(config.n_routed_experts), layout.expert_channels(inter)
         self._experts_here = None if layout.is_single or not layout.experts_whole else here
-        experts, inter = here.stop - here.start, channels.stop - channels.start
+        experts, inter = len(here), channels.stop - channels.start
         kinds = ("gate", "up", "down")
         by_expert = [[f"{prefix}{e}.{kind}_proj.weight" for kind in kinds] for e in range(config.n_routed_experts)]
         names = [name for expert in by_expert for name in expert]
@@ -113,8 +109,9 @@ class MixtureOfExperts:
         is_cut = not layout.is_single and not layout.experts_whole
         rows, columns = ((channels,), (slice(0, hidden), channels)) if is_cut else (None, None)
         gate_up_scale, down_scale = self.w_gate_up_scale, self.w_down_scale
-        slots.leave(*(name for expert in (*by_expert[: here.start], *by_expert[here.stop :]) for name in expert))
-        for e, (gate, up, down) in enumerate(by_expert[here]):
+        elsewhere = set(range(config.n_routed_experts)).difference(here)
+        slots.leave(*(name for expert in elsewhere for name in by_expert[expert]))
+        for e, (gate, up, down) in enumerate(by_expert[expert] for expert in here):
             gate_scale = None if gate_up_scale is None else gate_up_scale[e, 0]
             up_scale = None if gate_up_scale is None else gate_up_scale[e, 1]
             slots.add(gate, Slot(self.w_gate_up[e, :inter], gate_scale, rows))
@@ -144,7 +141,7 @@ class MixtureOfExperts:
     def _routed(self, x: Activation) -> Tensor:
         topk_weights, topk_ids = self.router(x.value)
         if self._experts_here is not None:
-            first, count = self._experts_here.start, self.w_down.shape[0]
+            first, count = self._experts_here[0], self.w_down.shape[0]
             is_here = (topk_ids >= first) & (topk_ids < first + count)
             topk_ids = torch.where(is_here, topk_ids - first, -1)
         takes_fp8 = self._experts_take_fp8

@@ -6,47 +6,87 @@ from collections.abc import Iterator
 
 from dsengine.model.config import ModelConfig
 from dsengine.model.weights import FP8_BLOCK
+from dsengine.parallel.layout import MoeExchange
 
 
-def check_sharding(config: ModelConfig, size: int, *, experts_whole: bool, keeps_fp8: bool) -> None:
-    """Prove that every weight can be cut into `size` equal parts.
+def check_layout(
+    config: ModelConfig,
+    *,
+    tp_size: int,
+    attn_dp_size: int = 1,
+    experts_whole: bool,
+    keeps_fp8: bool,
+    moe_exchange: MoeExchange = "gather",
+    redundant_experts: int = 0,
+) -> None:
+    """Prove that every weight can be cut into equal parts.
 
     Args:
+        tp_size: all ranks.
+        attn_dp_size: groups of ranks with tokens of their own.
         experts_whole: routed experts are dealt out whole, not cut.
         keeps_fp8: weights stay block FP8, and so may be cut between blocks only.
+        moe_exchange, redundant_experts: as in `Layout`.
 
     Raises:
         ValueError: some cannot; all of them are listed.
     """
-    if size < 1:
-        raise ValueError(f"the number of ranks is {size}; it must be at least 1")
-    problems = list(_problems(config, size, experts_whole, keeps_fp8 and config.quantization is not None))
+    if tp_size < 1:
+        raise ValueError(f"the number of ranks is {tp_size}; it must be at least 1")
+    if attn_dp_size < 1 or tp_size % attn_dp_size:
+        raise ValueError(f"attn_dp_size is {attn_dp_size}; it must divide the number of ranks, {tp_size}")
+    if moe_exchange not in ("gather", "all_to_all"):
+        raise ValueError(f"moe_exchange is {moe_exchange!r}; expected 'gather' or 'all_to_all'")
+    fp8 = keeps_fp8 and config.quantization is not None
+    problems = [
+        *_attention_problems(config, tp_size // attn_dp_size, fp8),
+        *_expert_problems(config, tp_size, experts_whole, fp8, moe_exchange, redundant_experts),
+    ]
     if problems:
-        raise ValueError(f"this model cannot be spread over {size} ranks: {'; '.join(problems)}")
+        groups = "" if attn_dp_size == 1 else f" in {attn_dp_size} groups"
+        raise ValueError(f"this model cannot be spread over {tp_size} ranks{groups}: {'; '.join(problems)}")
 
 
-def _problems(config: ModelConfig, size: int, experts_whole: bool, fp8: bool) -> Iterator[str]:
-    heads, experts = config.num_attention_heads, config.n_routed_experts
+def _attention_problems(config: ModelConfig, size: int, fp8: bool) -> Iterator[str]:
+    """What the ranks of one group share: heads, dense layers, shared experts."""
+    heads = config.num_attention_heads
     if heads % size:
         yield f"num_attention_heads is {heads}, which is not a multiple of {size}"
     elif fp8 and size > 1:
         yield from _between_blocks("queries (num_attention_heads · qk_head_dim)", heads * config.qk_head_dim, size)
         yield from _between_blocks("o_proj's input (num_attention_heads · v_head_dim)", heads * config.v_head_dim, size)
-    widths = {}
     if config.first_k_dense_replace > 0:
-        widths["intermediate_size"] = config.intermediate_size
+        yield from _width("intermediate_size", config.intermediate_size, size, fp8)
     if config.n_shared_experts:
-        widths["n_shared_experts · moe_intermediate_size"] = config.shared_intermediate_size
-    if experts and experts_whole:
-        if experts % size:
-            yield f"n_routed_experts is {experts}, which is not a multiple of {size}"
-    elif experts:
-        widths["moe_intermediate_size"] = config.moe_intermediate_size
-    for name, width in widths.items():
-        if width % size:
-            yield f"{name} is {width}, which is not a multiple of {size}"
-        elif fp8 and size > 1:
-            yield from _between_blocks(name, width, size)
+        yield from _width("n_shared_experts · moe_intermediate_size", config.shared_intermediate_size, size, fp8)
+
+
+def _expert_problems(
+    config: ModelConfig, size: int, whole: bool, fp8: bool, exchange: MoeExchange, redundant: int
+) -> Iterator[str]:
+    """What all ranks share: routed experts."""
+    experts = config.n_routed_experts
+    if not experts:
+        return
+    if whole:
+        if not 0 <= redundant <= experts * (size - 1):
+            yield f"redundant_experts is {redundant}, and must be from 0 to {experts * (size - 1)}"
+        elif (experts + redundant) % size:
+            with_copies = f" and redundant_experts {redundant}" if redundant else ""
+            yield f"n_routed_experts is {experts}{with_copies}, which is not a multiple of {size}"
+        return
+    yield from _width("moe_intermediate_size", config.moe_intermediate_size, size, fp8)
+    if exchange == "all_to_all":
+        yield "moe_exchange is 'all_to_all', which needs whole experts"
+    if redundant:
+        yield f"redundant_experts is {redundant}, which needs whole experts"
+
+
+def _width(name: str, width: int, size: int, fp8: bool) -> Iterator[str]:
+    if width % size:
+        yield f"{name} is {width}, which is not a multiple of {size}"
+    elif fp8 and size > 1:
+        yield from _between_blocks(name, width, size)
 
 
 def _between_blocks(name: str, width: int, size: int) -> Iterator[str]:

@@ -1,106 +1,175 @@
-"""The processes that run one model together, and the two collectives its layers need.
+"""How the processes that run one model find each other, and the groups that they form.
 
-A model always gets a group. `SingleProcess` hands every tensor back as it is, so that nothing above has to ask how many
-ranks there are; `DistributedGroup` speaks over torch.distributed: gloo on CPU, NCCL on CUDA. Only tensors are sent,
-never pickled objects.
+Nothing listens on more than it is given: gloo and NCCL get the one interface that leads to the other ranks, and the
+store of ranks on several machines a socket that is bound already, because torch's own would listen on every interface.
 """
 
 from __future__ import annotations
 
+import fcntl
+import os
+import socket
+import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Protocol
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch._C._distributed_c10d import FileStore, Store, TCPStore
+
+from dsengine.parallel.collectives import ControlGroup, DistributedGroup, Group, SingleProcess, new_group
+from dsengine.parallel.layout import Layout, MoeExchange
+
+_SIOCGIFADDR = 0x8915
 
 
-@dataclass
-class Traffic:
-    """Bytes that a rank put into collectives since it was made: the size of its own contribution, whatever way the
-    backend then takes to spread it."""
+@dataclass(frozen=True)
+class World:
+    """All ranks, of which this process is one.
 
-    all_reduce_bytes: int = 0
-    all_gather_bytes: int = 0
+    Attributes:
+        everyone: all ranks; what is sent lies on the device.
+        attention: the ranks that have this rank's requests.
+    """
 
+    everyone: Group
+    attention: Group
+    _control: ControlGroup
 
-class Group(Protocol):
-    """`size` ranks; this one is number `rank`. Every rank must call the same collectives in the same order."""
+    @property
+    def rank(self) -> int:
+        return self.everyone.rank
 
-    rank: int
-    size: int
-    traffic: Traffic
+    @property
+    def size(self) -> int:
+        return self.everyone.size
 
-    def all_reduce(self, x: Tensor) -> Tensor:
-        """Sum over the ranks; x, contiguous, may be overwritten. Shapes and dtypes are the same everywhere."""
+    @property
+    def dp_rank(self) -> int:
+        """Number of this rank's attention-DP group."""
+        return self.rank // self.attention.size
 
-    def all_gather(self, x: Tensor) -> Tensor:
-        """[N, C] of each rank, the same shape everywhere → [N, size · C], in the order of the ranks."""
+    @property
+    def dp_size(self) -> int:
+        """Attention-DP groups: they have requests of their own."""
+        return self.size // self.attention.size
 
+    def layout(
+        self, *, experts_whole: bool, moe_exchange: MoeExchange = "gather", redundant_experts: int = 0
+    ) -> Layout:
+        """How a model is spread over these ranks."""
+        return Layout(self.everyone, self.attention, experts_whole, moe_exchange, redundant_experts)
 
-class SingleProcess:
-    """The group of a process that runs the whole model."""
+    def broadcast_bytes(self, data: bytes | None, src: int = 0) -> bytes:
+        """See `ControlGroup.broadcast_bytes`."""
+        return self._control.broadcast_bytes(data, src)
 
-    def __init__(self) -> None:
-        self.rank, self.size = 0, 1
-        self.traffic = Traffic()
+    def gather_bytes(self, data: bytes, dst: int = 0) -> list[bytes] | None:
+        """See `ControlGroup.gather_bytes`."""
+        return self._control.gather_bytes(data, dst)
 
-    def all_reduce(self, x: Tensor) -> Tensor:
-        return x
+    def all_gather_ints(self, values: Sequence[int]) -> list[list[int]]:
+        """See `ControlGroup.all_gather_ints`."""
+        return self._control.all_gather_ints(values)
 
-    def all_gather(self, x: Tensor) -> Tensor:
-        return x
-
-
-class DistributedGroup:
-    """All ranks of the process group that `join_world` set up in this process."""
-
-    def __init__(self) -> None:
-        self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        self.traffic = Traffic()
-
-    def all_reduce(self, x: Tensor) -> Tensor:
-        if x.numel() > 0:
-            self.traffic.all_reduce_bytes += x.nbytes
-            dist.all_reduce(x)
-        return x
-
-    def all_gather(self, x: Tensor) -> Tensor:
-        if x.numel() == 0:
-            return x.new_empty((x.shape[0], self.size * x.shape[1]))
-        self.traffic.all_gather_bytes += x.nbytes
-        parts = [torch.empty_like(x) for _ in range(self.size)]
-        dist.all_gather(parts, x.contiguous())
-        return torch.cat(parts, dim=-1)
+    def close(self) -> None:
+        """Undo `join_world`."""
+        dist.destroy_process_group()
 
 
-def join_world(rank: int, size: int, *, device: torch.device, rendezvous: Path, timeout_s: float) -> DistributedGroup:
-    """Meet the other ranks of this machine; each rank calls this once.
-
-    The ranks find each other through a file: torch's TCP store listens on every interface, whatever address it is
-    given. Ranks of several machines cannot meet this way.
+def join_world(
+    rank: int,
+    size: int,
+    *,
+    attn_dp_size: int = 1,
+    device: torch.device,
+    rendezvous: Path | str,
+    timeout_s: float,
+) -> World:
+    """Meet the other ranks; each calls this once.
 
     Args:
-        rank: in [0, size), different in every process.
-        rendezvous: a file that does not exist yet, the same for all ranks.
+        rank: in [0, size), different in every process. Rank r is number r % (size / attn_dp_size) of the attention
+            group r // (size / attn_dp_size).
+        attn_dp_size: attention groups; divides `size`.
+        device: of this rank; made the current one if it is a CUDA device.
+        rendezvous: where the ranks of one machine meet, a file that does not exist yet; or where those of several do,
+            "HOST:PORT" of rank 0, which listens there and nowhere else.
         timeout_s: after which a collective that some rank does not reach raises.
 
     Raises:
-        ValueError: `rank` or `size` is impossible.
+        ValueError: the numbers are impossible, or the address is.
+        OSError: the address cannot be listened on, or no interface leads to it.
         torch.distributed.DistError: the others did not come in time.
     """
     if size < 2:
         raise ValueError(f"size is {size}; a world has at least 2 ranks (one process needs no group)")
     if not 0 <= rank < size:
         raise ValueError(f"rank is {rank}; it must be from 0 to {size - 1} in a world of {size}")
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    store = dist.FileStore(str(rendezvous), size)  # type: ignore[attr-defined]  # torch does not list it
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout_s))
-    return DistributedGroup()
+    if attn_dp_size < 1 or size % attn_dp_size:
+        raise ValueError(f"attn_dp_size is {attn_dp_size}; it must divide the number of ranks, {size}")
+    timeout = timedelta(seconds=timeout_s)
+    if isinstance(rendezvous, Path):
+        interface = "lo"
+        store: Store = FileStore(str(rendezvous), size)
+    else:
+        host, port = _host_and_port(rendezvous)
+        interface = interface_towards(host)
+        store = _open_store(host, port, rank, size, timeout)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+    os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")
+    backend = "gloo"
+    if device.type == "cuda":
+        backend = "nccl"
+        torch.cuda.set_device(device)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+    control = ControlGroup(new_group(range(size), "gloo", timeout))
+    everyone = DistributedGroup()
+    return World(everyone, _attention_group(everyone, attn_dp_size, backend, timeout), control)
 
 
-def leave_world() -> None:
-    """Undo `join_world`."""
-    dist.destroy_process_group()
+def _attention_group(everyone: DistributedGroup, count: int, backend: str, timeout: timedelta) -> Group:
+    width = everyone.size // count
+    if count == 1:
+        return everyone
+    if width == 1:
+        return SingleProcess()
+    groups = [new_group(range(first, first + width), backend, timeout) for first in range(0, everyone.size, width)]
+    return DistributedGroup(groups[everyone.rank // width])
+
+
+def _open_store(host: str, port: int, rank: int, size: int, timeout: timedelta) -> Store:
+    if rank != 0:
+        return TCPStore(host, port, size, False, timeout, wait_for_workers=False)
+    family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+    listener = socket.create_server((host, port), family=family, backlog=size)
+    return TCPStore(host, port, size, True, timeout, wait_for_workers=False, master_listen_fd=listener.detach())
+
+
+def _host_and_port(address: str) -> tuple[str, int]:
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise ValueError(f"the address is {address!r}; it must have the form HOST:PORT, as in 10.0.0.1:20000")
+    return host.strip("[]"), int(port)
+
+
+def interface_towards(host: str) -> str:
+    """The network interface of this machine whose address is used on the way to `host` (IPv4, Linux).
+
+    Raises:
+        OSError: there is none.
+    """
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, 9))  # sends nothing: only asks the routing table
+        address = probe.getsockname()[0]
+        for _, name in socket.if_nameindex():
+            request = struct.pack("256s", name.encode()[:15])
+            try:
+                found = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, request)
+            except OSError:
+                continue  # it has no IPv4 address
+            if socket.inet_ntoa(found[20:24]) == address:
+                return name
+    raise OSError(f"no network interface of this machine has the address {address}, which leads to {host}")

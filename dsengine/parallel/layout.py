@@ -1,37 +1,78 @@
-"""Which part of every weight a rank holds: heads, intermediate channels, experts and vocabulary."""
+"""Which part of every weight a rank holds: heads, intermediate channels, experts and vocabulary.
+
+World = attention-DP x attention-TP. The ranks of one attention-TP group share the heads, the dense layers, the shared
+experts and the vocabulary of the same tokens; the groups have tokens of their own. Routed experts lie on all ranks of
+the world, whole or cut.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
-from dsengine.parallel.groups import Group, SingleProcess
+from dsengine.parallel.collectives import Group, SingleProcess
+
+MoeExchange = Literal["gather", "all_to_all"]
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a model is spread over the ranks of `group`.
+    """How a model is spread over ranks; `Layout()` is one process that holds everything.
 
     Attributes:
+        world: all ranks, numbered dp_rank · attention.size + attention.rank.
+        attention: the ranks that share this rank's tokens.
         experts_whole: routed experts are dealt out whole (expert parallelism) rather than cut along their intermediate
             dimension (tensor parallelism).
+        moe_exchange: how tokens come to routed experts on other ranks: "gather" brings all to all, "all_to_all" each to
+            where its experts are (experts must be whole).
+        redundant_experts: further copies of experts that the world holds, so that busy ones lie on several ranks.
     """
 
-    group: Group = field(default_factory=SingleProcess)
+    world: Group = field(default_factory=SingleProcess)
+    attention: Group = field(default_factory=SingleProcess)
     experts_whole: bool = False
+    moe_exchange: MoeExchange = "gather"
+    redundant_experts: int = 0
 
     @property
     def is_single(self) -> bool:
-        return self.group.size == 1
+        return self.world.size == 1
+
+    @property
+    def dp_size(self) -> int:
+        """Groups of ranks that have tokens of their own."""
+        return self.world.size // self.attention.size
+
+    @property
+    def dp_rank(self) -> int:
+        """This rank's group."""
+        return self.world.rank // self.attention.size
 
     def part(self, extent: int) -> slice:
-        """This rank's of `size` equal parts of a dimension; `extent` must be divisible."""
-        width = extent // self.group.size
-        assert width * self.group.size == extent, f"{extent} cannot be cut into {self.group.size} equal parts"
-        return slice(self.group.rank * width, (self.group.rank + 1) * width)
+        """This rank's of the attention group's equal parts of a dimension; `extent` must be divisible."""
+        return _part(self.attention, extent)
+
+    def expert_channels(self, extent: int) -> slice:
+        """This rank's channels of every routed expert."""
+        return slice(0, extent) if self.experts_whole else _part(self.world, extent)
+
+    def expert_ids(self, count: int) -> list[int]:
+        """The routed experts, of `count`, in this rank's places before any has moved: the copies are of the first."""
+        if not self.experts_whole:
+            return list(range(count))
+        places = _part(self.world, count + self.redundant_experts)
+        return [place % count for place in range(places.start, places.stop)]
 
     def padded_part(self, extent: int) -> tuple[slice, int]:
-        """(this rank's part, width of every rank's part with its padding) of a dimension of any extent: the last
-        ranks' parts may be shorter, or empty."""
-        width = -(-extent // self.group.size)
-        start = min(self.group.rank * width, extent)
+        """(this rank's part, width of every rank's part with its padding) of a dimension of any extent, cut over the
+        attention group: the last ranks' parts may be shorter, or empty."""
+        width = -(-extent // self.attention.size)
+        start = min(self.attention.rank * width, extent)
         return slice(start, min(start + width, extent)), width
+
+
+def _part(group: Group, extent: int) -> slice:
+    width = extent // group.size
+    assert width * group.size == extent, f"{extent} cannot be cut into {group.size} equal parts"
+    return slice(group.rank * width, (group.rank + 1) * width)

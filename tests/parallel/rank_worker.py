@@ -14,25 +14,24 @@ from safetensors.torch import save_file
 from step_answers import answers, held_bytes
 from tiny_checkpoints import CPU, load_tiny
 
-from dsengine.parallel.groups import join_world, leave_world
-from dsengine.parallel.layout import Layout
+from dsengine.parallel.groups import join_world
 
 
 def main(rank: int, size: int, folder: Path) -> None:
     torch.set_num_threads(1)
-    group = join_world(rank, size, device=CPU, rendezvous=folder / "rendezvous", timeout_s=60)
+    world = join_world(rank, size, device=CPU, rendezvous=folder / "rendezvous", timeout_s=60)
     held = {}
     results = {}
     for case in json.loads((folder / "cases.json").read_text()):
-        layout = Layout(group, experts_whole=case["experts_whole"])
+        layout = world.layout(experts_whole=case["experts_whole"])
         model = load_tiny(Path(case["checkpoint"]), layout=layout, **case["options"])
-        before = group.traffic.all_reduce_bytes
+        before = world.everyone.traffic.all_reduce_bytes
         for key, value in answers(model).items():
             results[f"{case['name']}/{key}"] = value.contiguous()
-        held[case["name"]] = {"bytes": held_bytes(model), "sent": group.traffic.all_reduce_bytes - before}
+        held[case["name"]] = {"bytes": held_bytes(model), "sent": world.everyone.traffic.all_reduce_bytes - before}
     save_file(results, folder / f"rank{rank}.safetensors")
     (folder / f"rank{rank}.json").write_text(json.dumps(held))
-    leave_world()
+    world.close()
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import torch
 from tiny_checkpoints import FP8_QUANTIZATION, TINY_CONFIGS
 
 from dsengine.model.config import ModelConfig
-from dsengine.model.sharding import check_sharding
+from dsengine.model.sharding import check_layout
 from dsengine.parallel.groups import join_world
 from dsengine.parallel.layout import Layout
 
@@ -31,13 +31,13 @@ V3 = replace(
 @pytest.mark.parametrize("experts_whole", [False, True])
 @pytest.mark.parametrize("size", [1, 2, 4, 8, 16])
 def test_v3_in_fp8_can_be_cut(size: int, experts_whole: bool) -> None:
-    check_sharding(V3, size, experts_whole=experts_whole, keeps_fp8=True)
+    check_layout(V3, tp_size=size, experts_whole=experts_whole, keeps_fp8=True)
 
 
 def test_v3_in_fp8_ends_at_sixteen() -> None:
     with pytest.raises(ValueError, match=r"over 32 ranks: .*intermediate_size is 2048.*multiple of 4096"):
-        check_sharding(V3, 32, experts_whole=False, keeps_fp8=True)
-    check_sharding(V3, 32, experts_whole=False, keeps_fp8=False)
+        check_layout(V3, tp_size=32, experts_whole=False, keeps_fp8=True)
+    check_layout(V3, tp_size=32, experts_whole=False, keeps_fp8=False)
 
 
 @pytest.mark.parametrize(
@@ -55,12 +55,12 @@ def test_v3_in_fp8_ends_at_sixteen() -> None:
 def test_what_does_not_divide_is_named(change: dict[str, int], message: str) -> None:
     config = ModelConfig.from_hub(TINY_CONFIGS["v3"] | change)
     with pytest.raises(ValueError, match=message):
-        check_sharding(config, 4, experts_whole=True, keeps_fp8=False)
+        check_layout(config, tp_size=4, experts_whole=True, keeps_fp8=False)
 
 
 def test_no_ranks() -> None:
     with pytest.raises(ValueError, match="number of ranks is 0"):
-        check_sharding(TINY, 0, experts_whole=False, keeps_fp8=False)
+        check_layout(TINY, tp_size=0, experts_whole=False, keeps_fp8=False)
 
 
 @pytest.mark.parametrize(("rank", "size", "message"), [(0, 1, "at least 2"), (2, 2, "from 0 to 1"), (-1, 2, "rank is")])
@@ -82,5 +82,5 @@ class _Rank:
 
 
 def test_parts_of_a_vocabulary_that_does_not_divide() -> None:
-    parts = [Layout(_Rank(rank, 4)).padded_part(9) for rank in range(4)]  # type: ignore[arg-type]
+    parts = [Layout(attention=_Rank(rank, 4)).padded_part(9) for rank in range(4)]  # type: ignore[arg-type]
     assert parts == [(slice(0, 3), 3), (slice(3, 6), 3), (slice(6, 9), 3), (slice(9, 9), 3)]
