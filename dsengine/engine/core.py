@@ -175,7 +175,9 @@ class EngineCore:
         proposed = [s for s in good if s.num_drafts and s.request.proposal]
         self._scheduler.commit(ScheduledBatch(good), [_ids(tokens.get(s.request, ())) for s in good])
         if self._jumps is not None:
-            self._jumps.num_tokens += sum(len(tokens[s.request]) - 1 for s in proposed)
+            for s in proposed:
+                assert launched.batch.tree is not None
+                self._jumps.enter(s.request, launched.batch.tree, len(tokens[s.request]) - 1)
             self._jumps.look(s.request for s in good if s.samples)
         return [_update_of(s, tokens[s.request]) for s in alive if s.samples]
 

@@ -124,7 +124,7 @@ class GrammarState:
         self._budget = min(self._budget + _BUDGET_PER_TOKEN * len(new), _BUDGET)
         with self._at_own_cost():
             for token in new:
-                if self.error is None and self._accept(token) is None:
+                if self.error != GRAMMAR_LEFT and self._accept(token) is None:
                     self.error = GRAMMAR_LEFT
 
     def fill(self, mask: Tensor, row: int, draft: Sequence[int] = ()) -> None:
@@ -151,7 +151,8 @@ class GrammarState:
         self.catch_up(output_token_ids)
         proposal: list[int] = []
         with self._at_own_cost():
-            while self.error is None and len(proposal) < limit and (piece := self._next_piece()):
+            # Not even an error for lack of time may tell ranks apart that share requests: it is the first one's to say.
+            while self.error != GRAMMAR_LEFT and len(proposal) < limit and (piece := self._next_piece()):
                 for token in piece[: limit - len(proposal)]:
                     if not self._matcher.accept_token(token):
                         break

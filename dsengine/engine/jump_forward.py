@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
+from weakref import WeakKeyDictionary
 
 from dsengine.engine.request import Request
 from dsengine.specdec.shape import TreeShape
@@ -17,6 +18,7 @@ from dsengine.specdec.shape import TreeShape
 LONGEST = 24
 """Tokens of one proposal, at most."""
 
+_FIRST = 8  # tokens of a request's first proposal
 _MAX_BYTES = 4 * LONGEST
 # Rows of logits that the chains of one step may take in all.
 _MAX_ROWS = 256
@@ -60,13 +62,26 @@ class JumpForward:
         self.num_tokens = 0
         self._max_rows = min(_MAX_ROWS, max_running_requests)
         self._requests: dict[Request, None] = {}
+        self._limits: WeakKeyDictionary[Request, int] = WeakKeyDictionary()
+
+    def enter(self, request: Request, shape: TreeShape, num_accepted: int) -> None:
+        """What has come of a request's proposal in a step with chains or trees of this shape.
+
+        A model may prefer to spell a text in its own way, and every draft costs: after a proposal that was not followed
+        to its end the next ones are short, and they grow again as they are followed.
+        """
+        self.num_tokens += num_accepted
+        tried = min(len(request.proposal), shape.max_depth)
+        limit = num_accepted + 2 if num_accepted < tried else 2 * max(tried, self._limits.get(request, _FIRST) // 2)
+        self._limits[request] = min(limit, LONGEST)
 
     def look(self, requests: Iterable[Request]) -> None:
         """Find the proposals of requests that have just got tokens."""
         for request in requests:
             if request.grammar is None:
                 continue
-            request.proposal = () if request.is_finished else request.grammar.propose(request.output_token_ids, LONGEST)
+            limit = self._limits.get(request, _FIRST)
+            request.proposal = () if request.is_finished else request.grammar.propose(request.output_token_ids, limit)
             if request.proposal:
                 self._requests[request] = None
             else:
@@ -79,5 +94,7 @@ class JumpForward:
         if not self._requests:
             return None
         room = self._max_rows // len(self._requests) - 1
-        length = min(room, max(len(request.proposal) for request in self._requests))
+        # All chains of a step are equally long; what one is too short for waits for the next step.
+        mean = -(-sum(len(request.proposal) for request in self._requests) // len(self._requests))
+        length = min(room, mean)
         return TreeShape(length, 1, length + 1) if length > 0 else None
