@@ -9,16 +9,14 @@ all decisions, compared now and then, proves that it is so.
 from __future__ import annotations
 
 import zlib
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import msgspec
 from torch import Tensor
 
 from dsengine.engine.batch import ScheduledBatch
+from dsengine.parallel.groups import World
 from dsengine.specdec.shape import TreeShape
-
-if TYPE_CHECKING:
-    from dsengine.parallel.groups import World
 
 # Steps between two comparisons, where nothing else is exchanged in every step.
 _COMPARED_EVERY = 32

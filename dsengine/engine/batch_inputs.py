@@ -75,6 +75,7 @@ class BatchInputs:
             query_lens=self.query_lens,
             context_lens=self.context_lens,
             logits_indices=upload(self.logits_indices, device),
+            rank_tokens=self.rank_tokens,
         )
 
     def fill_open_tokens(self, input_ids: Tensor, drawn: Tensor | None) -> None:

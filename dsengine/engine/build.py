@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -29,9 +28,7 @@ from dsengine.memory.kv_cache import KVCachePool
 from dsengine.memory.radix_cache import RadixCache
 from dsengine.model.config import ModelConfig
 from dsengine.model.loader import load_model, resolve_formats
-
-if TYPE_CHECKING:
-    from dsengine.parallel.groups import World
+from dsengine.parallel.groups import World
 
 ProgressCallback = Callable[[int, int], None]
 

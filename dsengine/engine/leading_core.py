@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -30,12 +29,10 @@ from dsengine.engine.messages import (
     StepOutput,
 )
 from dsengine.model.deepseek import DeepseekModel
+from dsengine.parallel.groups import World
 from dsengine.parallel.launch import RankProcesses
 from dsengine.parallel.prefix_routing import PrefixRouter
 from dsengine.parallel.watchdog import Watchdog
-
-if TYPE_CHECKING:
-    from dsengine.parallel.groups import World
 
 EVERYBODY = -1
 _IDS_IN_REPORT = 20
@@ -61,9 +58,15 @@ class Tick(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Answer(msgspec.Struct, frozen=True, array_like=True):
-    """A rank's answer to a call, or why it has none."""
+    """What a rank says after a tick without a step.
 
-    result: dict[str, object]
+    Attributes:
+        result: of the call, if there was one; and `error`, if it could not be answered.
+        output: requests that the tick brought and that this rank refused; and how it stands.
+    """
+
+    output: StepOutput
+    result: dict[str, object] = {}
     error: str | None = None
 
 
@@ -108,6 +111,8 @@ class LeadingCore:
         self._outbox: list[tuple[int, EngineInput]] = []
         self._open: dict[str, _Open] = {}
         self._loads = [0] * world.dp_size
+        self._late: list[RequestUpdate] = []
+        self._now = 0.0
         self._stats = [core.stats()] * world.dp_size
         self._encoder = msgspec.msgpack.Encoder()
         self._output_decoder = msgspec.msgpack.Decoder(StepOutput)
@@ -152,17 +157,12 @@ class LeadingCore:
             updates = self._tick(Tick(now, self._take_outbox(), steps=True))
             output = self._core.step(now)
             outputs = self._gather(StepOutput([*updates, *output.updates], output.stats))
-        self._stats = [output.stats for output in outputs]
-        merged = [update for output in outputs for update in output.updates]
-        for update in merged:
-            self._follow(update)
-        return StepOutput(merged, self.stats())
+        return self._merge(outputs)
 
-    def show_life(self, now: float) -> None:
-        """Let the other ranks know that this one is there, and make sure that they are."""
-        with self._watchdog.over("a rest between steps"):
-            self._tick(Tick(now, self._take_outbox()))
-            self._world.all_gather_ints([0])
+    def show_life(self, now: float) -> StepOutput:
+        """Let the other ranks know that this one is there, and make sure that they are; no step is taken."""
+        self._ask(None, now)
+        return self._merge([])
 
     def stats(self) -> EngineStats:
         """Of all groups together, with those of each beside them where there are several."""
@@ -174,11 +174,12 @@ class LeadingCore:
             return False
         for group in range(self._world.dp_size):
             self._router.flushed(group)
-        return all(answer["flushed"] for answer in self._ask("flush_cache"))
+        return all(answer.result["flushed"] for answer in self._ask("flush_cache"))
 
     def check_integrity(self) -> None:
         """Prove that every cache block of every rank is free, cached or owned, exactly as counted."""
-        self._ask("check_integrity")
+        for rank, answer in enumerate(self._ask("check_integrity")):
+            assert answer.error is None, f"rank {rank}: {answer.error}"
 
     def close(self) -> None:
         """End the other ranks, in good order where they still answer."""
@@ -225,6 +226,7 @@ class LeadingCore:
         return messages
 
     def _tick(self, tick: Tick) -> list[RequestUpdate]:
+        self._now = tick.now
         self._world.broadcast_bytes(self._encoder.encode(tick), 0)
         return apply_messages(self._core, tick, self._world.dp_rank)
 
@@ -237,17 +239,28 @@ class LeadingCore:
         leaders = data[self._world.attention.size :: self._world.attention.size]
         return [output, *(self._output_decoder.decode(item) for item in leaders)]
 
-    def _ask(self, call: CallName) -> list[dict[str, object]]:
-        with self._watchdog.over(f"the call {call}"):
-            self._tick(Tick(0.0, self._take_outbox(), call=call))
-            own = answer_call(self._core, call)
-            data = self._world.gather_bytes(self._encoder.encode(own), 0)
+    def _ask(self, call: CallName | None, now: float | None = None) -> list[Answer]:
+        """The answers of all ranks; what they refused is told after the next step."""
+        with self._watchdog.over(f"the call {call}" if call is not None else "a rest between steps"):
+            updates = self._tick(Tick(self._now if now is None else now, self._take_outbox(), call=call))
+            own = answer_call(self._core, call, updates)
+            data = self._world.gather_bytes(b"", 0)
         assert data is not None
-        answers = [self._answer_decoder.decode(item) for item in data]
-        for rank, answer in enumerate(answers):
-            if answer.error is not None:
-                raise AssertionError(f"rank {rank}: {answer.error}")
-        return [answer.result for answer in answers]
+        answers = [own, *(self._answer_decoder.decode(item) for item in data[1:])]
+        for answer in answers[:: self._world.attention.size]:
+            self._late += answer.output.updates
+        self._stats = [answer.output.stats for answer in answers[:: self._world.attention.size]]
+        return answers
+
+    def _merge(self, outputs: Sequence[StepOutput]) -> StepOutput:
+        """What all groups say, and what was left over from calls."""
+        if outputs:
+            self._stats = [output.stats for output in outputs]
+        updates = [*self._late, *(update for output in outputs for update in output.updates)]
+        self._late.clear()
+        for update in updates:
+            self._follow(update)
+        return StepOutput(updates, self.stats())
 
 
 class _Grammars:
@@ -299,16 +312,24 @@ def apply_messages(core: EngineCore, tick: Tick, group: int) -> list[RequestUpda
     return refused
 
 
-def answer_call(core: EngineCore, call: CallName) -> Answer:
-    """This rank's answer."""
+def answer_call(core: EngineCore, call: CallName | None, refused: list[RequestUpdate]) -> Answer:
+    """This rank's answer.
+
+    Args:
+        refused: by `apply_messages` of the same tick.
+    """
+    result: dict[str, object] = {}
+    failure = None
     if call == "flush_cache":
-        return Answer({"flushed": core.flush_cache()})
-    assert call == "check_integrity", f"no rank is asked for {call}"
-    try:
-        core.check_integrity()
-    except AssertionError as error:
-        return Answer({}, str(error) or "an assertion failed")
-    return Answer({})
+        result = {"flushed": core.flush_cache()}
+    elif call == "check_integrity":
+        try:
+            core.check_integrity()
+        except AssertionError as error:
+            failure = str(error) or "an assertion failed"
+    else:
+        assert call is None, f"no rank is asked for {call}"
+    return Answer(StepOutput(refused, core.stats()), result, failure)
 
 
 def merge_stats(groups: Sequence[EngineStats]) -> EngineStats:

@@ -34,7 +34,7 @@ from dsengine.engine.messages import (
     StepOutput,
 )
 from dsengine.engine.process_args import FAILURE_FILE, EngineProcessArgs
-from dsengine.engine.ranks import Engine, follow, open_engine
+from dsengine.engine.ranks import EXIT_RANKS_FAILED, Engine, follow, open_engine
 from dsengine.parallel.launch import die_with
 from dsengine.parallel.watchdog import RanksFailedError
 from dsengine.progress import loading_progress
@@ -83,8 +83,7 @@ class EngineLoop:
     def _show_life(self, now: float) -> None:
         """The other ranks, and those who watch over rank 0, hear of it even when there is nothing to do."""
         if isinstance(self._core, LeadingCore):
-            self._core.show_life(now)
-            self.send(StepOutput([], self._core.stats()))
+            self.send(self._core.show_life(now))
         self._last_sign = now
 
     def _handle(self, message: EngineInput) -> None:
@@ -136,7 +135,10 @@ def main() -> int:
 def _follow(args: EngineProcessArgs) -> int:
     try:
         follow(args)
-    except (ValueError, OSError, MemoryError, RanksFailedError) as error:
+    except RanksFailedError as error:
+        print(f"rank {args.rank}: {error}", file=sys.stderr, flush=True)
+        return EXIT_RANKS_FAILED
+    except (ValueError, OSError, MemoryError) as error:
         print(f"rank {args.rank}: {error}", file=sys.stderr, flush=True)
         return 2
     return 0

@@ -15,7 +15,6 @@ import tempfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -27,18 +26,16 @@ from dsengine.engine.messages import RankInfo, StepOutput
 from dsengine.engine.process_args import EngineProcessArgs
 from dsengine.model.config import ModelConfig
 from dsengine.model.loader import resolve_formats
-from dsengine.model.sharding import check_sharding
-from dsengine.parallel.groups import join_world
+from dsengine.model.sharding import check_layout
+from dsengine.parallel.groups import World, join_world
 from dsengine.parallel.launch import RankProcesses
 from dsengine.parallel.prefix_routing import PrefixRouter
 from dsengine.parallel.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
-if TYPE_CHECKING:
-    from dsengine.parallel.groups import World
-
 RANK_MODULE = "dsengine.engine.process"
+EXIT_RANKS_FAILED = 1
 _FOREVER = 7 * 86400.0  # the watchdogs know better when to give up than a collective does
 Engine = EngineCore | LeadingCore
 
@@ -58,7 +55,7 @@ def open_engine(
     config = msgspec.convert(args.config, EngineConfig)
     if config.tp_size == 1:
         return _build(args, config, None, progress)
-    _check_ranks(config, Path(args.checkpoint))
+    check_ranks(config, Path(args.checkpoint))
     with contextlib.ExitStack() as resources:
         if not args.folder:
             folder = resources.enter_context(tempfile.TemporaryDirectory(prefix="dsengine-"))
@@ -73,10 +70,12 @@ def _lead(
     end: Callable[[str], None],
     resources: contextlib.ExitStack,
 ) -> LeadingCore:
-    processes = RankProcesses(RANK_MODULE, rank_lines(args, [rank for rank in config.local_ranks if rank != 0]))
+    processes = RankProcesses(
+        RANK_MODULE, rank_lines(args, args.folder, [rank for rank in config.local_ranks if rank != 0])
+    )
     watchdog = Watchdog(0, processes, config.dist_timeout, end)
     try:
-        with watchdog.over("the meeting of the ranks", limited=False):
+        with watchdog.over("the meeting of the ranks", limited=config.nnodes > 1):
             world = _join(args, config)
         core = _build(args, config, world, progress)
         with watchdog.over("the end of loading", limited=False):
@@ -92,11 +91,11 @@ def _lead(
         raise
 
 
-def rank_lines(args: EngineProcessArgs, ranks: list[int]) -> dict[int, bytes]:
+def rank_lines(args: EngineProcessArgs, folder: str, ranks: list[int]) -> dict[int, bytes]:
     """What each of these ranks, as a child of this process, is told at its start."""
     return {
         rank: msgspec.json.encode(
-            msgspec.structs.replace(args, rank=rank, parent=os.getpid(), address="", show_progress=False)
+            msgspec.structs.replace(args, rank=rank, folder=folder, parent=os.getpid(), address="", show_progress=False)
         )
         for rank in ranks
     }
@@ -112,7 +111,7 @@ def follow(args: EngineProcessArgs) -> None:
     config = msgspec.convert(args.config, EngineConfig)
     # Rank 0 has the shorter limit, so that it is the one to report.
     watchdog = Watchdog(args.rank, None, 2 * config.dist_timeout, _end_process)
-    with watchdog.over("the meeting of the ranks", limited=False):
+    with watchdog.over("the meeting of the ranks", limited=config.nnodes > 1):
         world = _join(args, config)
     core = _build(args, config, world, None)
     with watchdog.over("the end of loading", limited=False):
@@ -131,16 +130,14 @@ def follow(args: EngineProcessArgs) -> None:
 
 def _obey(core: EngineCore, world: World, tick: Tick, encoder: msgspec.msgpack.Encoder) -> None:
     refused = apply_messages(core, tick, world.dp_rank)
-    if tick.call is not None:
-        world.gather_bytes(encoder.encode(answer_call(core, tick.call)), 0)
-    elif not tick.steps:
-        world.all_gather_ints([0])
-    else:
-        output = core.step(tick.now)
-        if world.dp_size > 1:
-            is_first = world.attention.rank == 0
-            data = encoder.encode(StepOutput([*refused, *output.updates], output.stats)) if is_first else b""
-            world.gather_bytes(data, 0)
+    if not tick.steps:
+        world.gather_bytes(encoder.encode(answer_call(core, tick.call, refused)), 0)
+        return
+    output = core.step(tick.now)
+    if world.dp_size > 1:
+        is_first = world.attention.rank == 0
+        data = encoder.encode(StepOutput([*refused, *output.updates], output.stats)) if is_first else b""
+        world.gather_bytes(data, 0)
 
 
 def _join(args: EngineProcessArgs, config: EngineConfig) -> World:
@@ -165,12 +162,18 @@ def _compare_configs(world: World, config: EngineConfig) -> None:
             raise ValueError(f"rank {rank} was started with other flags than rank 0; all machines need the same ones")
 
 
-def _check_ranks(config: EngineConfig, checkpoint: Path) -> None:
+def check_ranks(config: EngineConfig, checkpoint: Path) -> None:
     """Prove that the model can be cut, and the machine has a device for each rank, before anything is started."""
     device = resolve_device(config.device)
     model_config = ModelConfig.from_hub(checkpoint)
     keep_fp8, _ = resolve_formats(config.weight_format, config.activation_format, device, model_config)
-    check_sharding(model_config, config.tp_size, experts_whole=config.experts_whole, keeps_fp8=keep_fp8)
+    check_layout(
+        model_config,
+        tp_size=config.tp_size,
+        attn_dp_size=config.attn_dp_size,
+        experts_whole=config.experts_whole,
+        keeps_fp8=keep_fp8,
+    )
     for rank in config.local_ranks:
         resolve_device(config.device, rank - config.local_ranks.start)
 

@@ -23,6 +23,7 @@ from dsengine.config import EngineConfig, ServerConfig
 from dsengine.server import errors
 from dsengine.server.app import App, create_app
 from dsengine.server.front_door import MAX_HEADER_BYTES
+from dsengine.server.node import run_node
 
 logger = logging.getLogger("dsengine.server")
 
@@ -45,6 +46,8 @@ def serve(
         engine_module: what runs as the engine's process.
     """
     _configure_logging(server_config.log_level)
+    if engine_config.node_rank > 0:
+        return run_node(engine_config, server_config.on_engine_failure)
     try:
         listener = listen(server_config.host, server_config.port)
     except OSError as error:
