@@ -67,7 +67,8 @@ def _dispatch(words: list[str], debug: bool) -> int:
         parser.print_help()
         return 0
     commands[args.command].reject_unknown(unknown)
-    resolve_model(args)
+    if args.command != "convert":  # which has two folders instead of a model
+        resolve_model(args)
     if debug and args.command == "serve":
         args.log_level = "debug"
     return _RUNNERS[args.command](args)
@@ -92,16 +93,20 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
         "plan": "work out what a model needs of which GPUs, and how fast it could be at best",
         "bench kv-drift": "measure what an FP8 KV cache changes in logits, and in the demo model's answers",
         "doctor": "describe this machine, and which backend serves each operation and why",
+        "convert": "write a checkpoint in another number format, or the manifest by which its files are verified",
     }
     commands: dict[str, Parser] = {}
     for name, text in summaries.items():
         description = text[0].upper() + text[1:] + "."
-        command = actions.add_parser(name, help=text, description=description, usage=f"dsengine {name} [MODEL] [flags]")
+        what = "SRC [DST]" if name == "convert" else "[MODEL]"
+        command = actions.add_parser(name, help=text, description=description, usage=f"dsengine {name} {what} [flags]")
         commands[name] = command
-        add_model_argument(command)
+        if name != "convert":
+            add_model_argument(command)
         _ADD_FLAGS[name](command)
         skipped = {field.name for field in dataclasses.fields(EngineConfig)} - _PLAN_FIELDS
-        add_config_flags(command, EngineConfig, "engine", skip=skipped if name == "plan" else {"model"})
+        if name != "convert":
+            add_config_flags(command, EngineConfig, "engine", skip=skipped if name == "plan" else {"model"})
         command.add_argument(
             "--debug", action="store_true", help="print the traceback of an error (serve: log everything)"
         )
@@ -198,6 +203,23 @@ def _add_plan_flags(parser: Parser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
 
 
+def _add_convert_flags(parser: Parser) -> None:
+    parser.add_argument("source", metavar="SRC", help="folder of a checkpoint")
+    parser.add_argument("target", metavar="DST", nargs="?", help="new folder for the converted checkpoint")
+    parser.add_argument(
+        "--format",
+        choices=("fp8", "bf16"),
+        metavar="{fp8,bf16}",
+        help="of linear layers: FP8 in blocks of 128x128, or bfloat16 [the one that SRC is not in]",
+    )
+    parser.add_argument(
+        "--scale-fmt", choices=("ue8m0",), metavar="{ue8m0}", help="with fp8: scales that are powers of two"
+    )
+    parser.add_argument(
+        "--manifest-only", action="store_true", help="write only the sizes and SHA-256 sums of SRC's files, into SRC"
+    )
+
+
 _ADD_FLAGS = {
     "serve": _add_serve_flags,
     "chat": _add_chat_flags,
@@ -206,6 +228,7 @@ _ADD_FLAGS = {
     "plan": _add_plan_flags,
     "bench kv-drift": _add_kv_drift_flags,
     "doctor": _add_doctor_flags,
+    "convert": _add_convert_flags,
 }
 # A plan starts no engine: these of its fields are flags of `plan`, all are flags of the other commands.
 _PLAN_FIELDS = frozenset({"revision", "chunked_prefill_size", "kv_cache_dtype"})
@@ -254,6 +277,12 @@ def _doctor(args: argparse.Namespace) -> int:
     return run_doctor(args)
 
 
+def _convert(args: argparse.Namespace) -> int:
+    from dsengine.cli_convert import run_convert
+
+    return run_convert(args)
+
+
 _RUNNERS = {
     "serve": _serve,
     "chat": _chat,
@@ -262,6 +291,7 @@ _RUNNERS = {
     "bench kv-drift": _kv_drift,
     "plan": _plan,
     "doctor": _doctor,
+    "convert": _convert,
 }
 
 

@@ -17,7 +17,9 @@ ActivationFormat = Literal["auto", "fp8", "float"]
 Speculation = Literal["NEXTN", "NGRAM"]
 SelfTest = Literal["auto", "on", "off"]
 CacheDType = Literal["auto", "bfloat16", "fp8_e4m3"]
+ChecksumMode = Literal["auto", "on", "off"]
 LogLevel = Literal["debug", "info", "warning", "error"]
+LogFormat = Literal["text", "json"]
 EngineFailurePolicy = Literal["restart", "exit"]
 ToolCallFormat = Literal["deepseekv3", "deepseekv31", "deepseekv32", "kimi_k2"]
 
@@ -30,6 +32,7 @@ _CHOICES: dict[str, Any] = {
     "activation_format": ActivationFormat,
     "kv_cache_dtype": CacheDType,
     "self_test": SelfTest,
+    "verify_checksums": ChecksumMode,
 }
 
 
@@ -134,6 +137,11 @@ class EngineConfig(ParallelConfig):
 
     model: str | None = _option(None, "Local folder or hub name of a checkpoint; none: the embedded demo model.")
     revision: str | None = _option(None, "Branch, tag or commit of a hub checkpoint.")
+    verify_checksums: ChecksumMode = _option(
+        "auto",
+        "Compare the checkpoint with its manifest (dsengine.sha256.json) before loading it; auto: names and sizes, and "
+        "below 1 GiB the SHA-256 of every file, where there is a manifest.",
+    )
     device: str = _option("auto", "Device to run on: auto, cpu, cuda or cuda:N.")
     dtype: DType = _option(
         "auto", "Type of activations and of unquantised weights; auto: bfloat16 on CUDA, float32 on a CPU."

@@ -26,14 +26,14 @@ def table_console() -> Console:
 
 
 @contextmanager
-def loading_progress(*, enabled: bool) -> Iterator[Callable[[int, int], None] | None]:
+def loading_progress(*, enabled: bool, label: str = "loading") -> Iterator[Callable[[int, int], None] | None]:
     """Yield a callback `(bytes done, bytes in all)` that moves a bar, or None where there is no one to see it."""
     if not (enabled and sys.stderr.isatty()):
         yield None
         return
-    columns = (TextColumn("loading"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    columns = (TextColumn(label), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("loading", total=None)
+        task = bar.add_task(label, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 

@@ -125,6 +125,35 @@ def test_the_readme_lists_every_flag_of_serve():
     assert not missing
 
 
+# Converting checkpoints
+
+
+def test_convert_there_and_back_and_generate(tmp_path):
+    there = run("convert", str(DEMO), str(tmp_path / "bf16"))
+    assert there.returncode == 0, there.stderr
+    assert "tensors converted to bf16, 0.014 GB read, 0.026 GB written in 1 file" in there.stdout
+    back = run("convert", str(tmp_path / "bf16"), str(tmp_path / "fp8"), "--scale-fmt", "ue8m0")
+    assert back.returncode == 0 and "converted to fp8" in back.stdout, back.stderr
+    answer = run(
+        "generate", str(tmp_path / "fp8"), "--verify-checksums", "on", "--chat", "-p", QUESTION, "--temperature", "0"
+    )
+    assert answer.returncode == 0 and answer.stdout.rstrip().endswith("632"), answer.stderr
+
+
+def test_a_damaged_checkpoint_is_refused_by_its_manifest(tmp_path):
+    shutil.copytree(DEMO, tmp_path / "demo")
+    written = run("convert", str(tmp_path / "demo"), "--manifest-only")
+    assert written.returncode == 0 and "SHA-256 sums of 5 files" in written.stdout
+    with (tmp_path / "demo" / "model.safetensors").open("r+b") as stream:
+        stream.seek(-1, os.SEEK_END)
+        last = stream.read(1)[0]
+        stream.seek(-1, os.SEEK_END)
+        stream.write(bytes([last ^ 1]))
+    assert_complains(run("generate", str(tmp_path / "demo"), "-p", "x"), "model.safetensors: damaged, expected SHA-256")
+    assert_complains(run("convert", str(DEMO)), "DST is missing")
+    assert_complains(run("convert", str(DEMO), "x", "--manifest-only"), "DST and --manifest-only contradict")
+
+
 # Processes that end before anything is loaded
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from dsengine.demo import CHECKPOINT_DIR
 from dsengine.demo.model import Attention, DemoConfig, DemoModel, Layer, Mlp, Moe
 from dsengine.demo.tokenizer import save_tokenizer
+from dsengine.model.manifest import write_manifest
 from dsengine.quant.block_fp8 import quantize_block_fp8
 
 Tensors = dict[str, Tensor]
@@ -160,6 +161,7 @@ def export(model: DemoModel, tokenizer: Tokenizer, directory: Path) -> None:
     for name, content in (("config", hub_config(model.config)), ("generation_config", GENERATION_CONFIG)):
         (directory / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     save_tokenizer(tokenizer, directory)
+    write_manifest(directory)
 
 
 def load_run(directory: Path) -> tuple[DemoModel, Tokenizer, int]:

@@ -28,6 +28,7 @@ from dsengine.memory.kv_cache import KVCachePool
 from dsengine.memory.radix_cache import RadixCache
 from dsengine.model.config import ModelConfig
 from dsengine.model.loader import load_model, resolve_formats
+from dsengine.model.manifest import verify_manifest
 from dsengine.parallel.groups import World
 
 ProgressCallback = Callable[[int, int], None]
@@ -63,7 +64,7 @@ def build_engine(
         torch.set_num_threads(config.num_threads)
     elif config.local_size > 1:
         torch.set_num_threads(max(1, torch.get_num_threads() // config.local_size))
-    model_config = ModelConfig.from_hub(checkpoint)
+    model_config = _verified_config(config, checkpoint, world, progress)
     context_length = _context_length(config, model_config)
     row = CacheRow.of(config.kv_cache_dtype, model_config, dtype)
     kernels = _kernels(config, checkpoint, model_config, device, dtype, row)
@@ -123,6 +124,15 @@ def build_engine(
         agreement=agreement,
         jumps=None if config.disable_jump_forward else JumpForward(config.max_running_requests),
     )
+
+
+def _verified_config(
+    config: EngineConfig, checkpoint: Path, world: World | None, progress: ProgressCallback | None
+) -> ModelConfig:
+    """The checkpoint's config, after the first rank of each machine has compared the files with their manifest."""
+    if world is None or world.rank % config.local_size == 0:
+        verify_manifest(checkpoint, config.verify_checksums, progress)
+    return ModelConfig.from_hub(checkpoint)
 
 
 def _kernels(

@@ -20,7 +20,7 @@ INDEX_FILE = "model.safetensors.index.json"
 
 _MAX_LISTED = 10
 _LFS_POINTER = b"version https://git-lfs"
-_ITEM_BYTES = {
+ITEM_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
     "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8,
 }  # fmt: skip
@@ -127,7 +127,7 @@ def _read_index(file: Path, problems: list[str]) -> dict[str, str] | None:
     if not file.exists():
         return None
     try:
-        weight_map = json.loads(file.read_bytes(), object_pairs_hook=_unique_keys)["weight_map"]
+        weight_map = json.loads(file.read_bytes(), object_pairs_hook=unique_keys)["weight_map"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         problems.append(f"{file.name}: expected a JSON object with weight_map, found {_found(error)}")
         return None
@@ -211,7 +211,7 @@ def read_header(file: Path) -> list[StoredTensor]:
     return [tensor for _, tensor in spans]
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
         seen: set[str] = set()
@@ -226,7 +226,7 @@ def _found(error: Exception) -> str:
 
 def _parse_header(file: Path, raw: bytes) -> dict[str, Any]:
     try:
-        header = json.loads(raw, object_pairs_hook=_unique_keys)
+        header = json.loads(raw, object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file.name}: expected a JSON header, found {_found(error)}") from None
     if not isinstance(header, dict):
@@ -240,13 +240,13 @@ def _parse_entry(file: Path, name: str, entry: Any) -> tuple[int, StoredTensor]:
     if not isinstance(entry, dict):
         raise CheckpointError(f"{where} expected an object in the header, found {type(entry).__name__}")
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
-    if not isinstance(dtype, str) or dtype not in _ITEM_BYTES:
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
         raise CheckpointError(f"{where} expected a known dtype, found {dtype!r}")
     if not isinstance(shape, list) or not _are_counts(shape):
         raise CheckpointError(f"{where} expected a shape of non-negative integers, found {shape!r}")
     if not isinstance(offsets, list) or not _are_counts(offsets) or len(offsets) != 2:
         raise CheckpointError(f"{where} expected two non-negative data_offsets, found {offsets!r}")
-    expected, found = math.prod(shape) * _ITEM_BYTES[dtype], offsets[1] - offsets[0]
+    expected, found = math.prod(shape) * ITEM_BYTES[dtype], offsets[1] - offsets[0]
     if found != expected:
         raise CheckpointError(f"{where} expected {expected} bytes ({dtype} {shape}), found {found} in data_offsets")
     return offsets[0], StoredTensor(name, file, dtype, tuple(shape), expected)
