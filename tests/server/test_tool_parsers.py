@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import random
-import time
 from typing import Any
 
 import pytest
@@ -190,57 +189,3 @@ def test_dsml_keeps_the_first_of_parameters_of_one_name() -> None:
     parameters = "".join(f'<{D}parameter name="{n}" string="false">{v}</{D}parameter>' for n, v in pairs)
     text = f'{DB}<{D}invoke name="f">{parameters}</{D}invoke>{DE}'
     assert summary(parse("deepseekv32", [text]))[1] == [("f", '{"a": 1, "b": 3}')]
-
-
-MIB = 1024 * 1024
-SECONDS_PER_MIB = 0.1
-
-
-def adversarial(format: str) -> list[str]:
-    """Texts that have made parsers quadratic: repeated markers, their beginnings, whitespace, one endless argument."""
-    head = WELL_FORMED[format].rsplit("1]", 1)[0]
-    opened = WELL_FORMED[format].split("f", 1)[0]
-    units = [
-        *PIECES[format],
-        "<",
-        "<｜",
-        "\n",
-        " ",
-        "`",
-        '"',
-        "\\",
-        "x",
-        PIECES[format][0] + "\n",
-        PIECES[format][2] + "f",
-    ]
-    starts = ["", head, opened, PIECES[format][0], PIECES[format][0] + "\n", "text "]
-    return [start + unit * (MIB // len((unit).encode())) for start in starts for unit in units]
-
-
-@pytest.mark.slow  # CPU time: not for a machine that others use at the same time
-@pytest.mark.parametrize("format", FORMATS)
-def test_a_mebibyte_takes_no_time(format: str) -> None:
-    slow = []
-    for text in adversarial(format):
-        best = cpu_seconds(format, [text])
-        if best > SECONDS_PER_MIB:
-            best = min(cpu_seconds(format, [text]) for _ in range(3))
-        if best > SECONDS_PER_MIB:
-            slow.append((text[:200:10], text[-40:], best))
-    assert not slow
-
-
-@pytest.mark.slow  # CPU time: not for a machine that others use at the same time
-@pytest.mark.parametrize("format", FORMATS)
-def test_time_per_token_does_not_grow(format: str) -> None:
-    for text in adversarial(format)[::7]:
-        tokens = [text[i : i + 5] for i in range(0, 200_000, 5)]
-        half = min(cpu_seconds(format, tokens[: len(tokens) // 2]) for _ in range(2))
-        whole = min(cpu_seconds(format, tokens) for _ in range(2))
-        assert whole < 3.2 * half + 0.02, (text[:80], half, whole)
-
-
-def cpu_seconds(format: str, chunks: list[str]) -> float:
-    started = time.process_time()
-    parse(format, chunks)
-    return time.process_time() - started
