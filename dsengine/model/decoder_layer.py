@@ -48,6 +48,8 @@ class DecoderLayer:
         normed, residual = self.input_norm.activation_after_add(x, residual)
         attended = self._group.all_reduce(self.attention(normed, batch, plan, cos_sin, kv_cache))
         normed, residual = self.post_attention_norm.activation_after_add(attended, residual)
+        if isinstance(self.mlp, MixtureOfExperts):
+            return self.mlp(normed, batch.rank_tokens), residual
         return self._group.all_reduce(self.mlp(normed)), residual
 
     def store(self, x: Tensor, positions: Tensor, slots: Tensor, cos_sin: Tensor, kv_cache: Tensor) -> None:

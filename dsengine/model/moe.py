@@ -5,6 +5,8 @@ Source: DeepSeek-V2 (section 2.2) and DeepSeek-V3 (section 2.1.2); routing metho
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,18 @@ from dsengine.model.activations import Activation
 from dsengine.model.config import ModelConfig
 from dsengine.model.linear import Linear
 from dsengine.model.side_stream import SideStream
+from dsengine.model.token_rows import RoutedTokens, TokenRows
 from dsengine.model.weights import Slot, WeightSlots
+from dsengine.parallel.exchange import (
+    AllToAllExchange,
+    GatherExchange,
+    TokenExchange,
+    TokenShares,
+    group_tokens,
+    sum_over_group,
+    token_shares,
+)
+from dsengine.parallel.layout import Layout
 
 # Tokens up to which the shared experts run beside the routed ones: with more, either fills a GPU by itself.
 _BESIDE_TOKENS = 256
@@ -73,12 +86,17 @@ class Router:
 
 
 class MixtureOfExperts:
-    """Routed experts, scaled once by their router, plus the shared experts, unscaled; with several ranks, this one's
-    share of the sum: of every token, its own experts or its own channels of all experts."""
+    """Routed experts, scaled once by their router, plus the shared experts, unscaled.
+
+    Where every rank has all tokens, each computes its own experts, or its own channels of all experts, and the results
+    are summed. Where attention groups have tokens of their own, or tokens are to be sent only where their experts are,
+    each rank routes its share of the tokens and an exchange brings them to the experts.
+    """
 
     def __init__(self, slots: WeightSlots, kernels: Kernels, config: ModelConfig, prefix: str) -> None:
         self._kernels = kernels
         self._activations = slots.activations
+        self._layout = slots.layout
         self.router = Router(slots, kernels, config, f"{prefix}gate.")
         self.w_gate_up_scale: Tensor | None = None
         self.w_down_scale: Tensor | None = None
@@ -89,11 +107,15 @@ class MixtureOfExperts:
             self.shared_experts = GatedMLP(
                 slots, kernels, f"{prefix}shared_experts.", config.hidden_size, config.shared_intermediate_size
             )
+        self._exchange = _exchange_of(slots.layout, self.w_down.shape[0])
+        self._rows = TokenRows(
+            config.hidden_size, config.num_experts_per_tok, slots.dtype, takes_fp8=self._experts_take_fp8
+        )
 
     def _allocate_experts(self, slots: WeightSlots, config: ModelConfig, prefix: str) -> None:
         layout, hidden, inter = slots.layout, config.hidden_size, config.moe_intermediate_size
         here, channels = layout.expert_ids(config.n_routed_experts), layout.expert_channels(inter)
-        self._experts_here = None if layout.is_single or not layout.experts_whole else here
+        self._first_place = layout.world.rank * len(here) if layout.experts_whole else 0
         experts, inter = len(here), channels.stop - channels.start
         kinds = ("gate", "up", "down")
         by_expert = [[f"{prefix}{e}.{kind}_proj.weight" for kind in kinds] for e in range(config.n_routed_experts)]
@@ -127,34 +149,75 @@ class MixtureOfExperts:
     def _experts_take_fp8(self) -> bool:
         return self.w_gate_up_scale is not None and self._activations.is_fp8
 
-    def __call__(self, x: Activation) -> Tensor:
-        """[T, hidden_size] → the same."""
-        shared_experts = self.shared_experts
-        shared = None
-        if shared_experts is not None and x.value.shape[0] <= _BESIDE_TOKENS:
-            shared = self._beside.start(lambda: shared_experts(x))
-        routed = self._routed(x)
-        if shared is not None:
-            return routed + shared()
-        return routed if shared_experts is None else routed + shared_experts(x)
+    def __call__(self, x: Activation, rank_tokens: tuple[int, ...] | None = None) -> Tensor:
+        """[T, hidden_size] → the same, summed over all ranks.
 
-    def _routed(self, x: Activation) -> Tensor:
-        topk_weights, topk_ids = self.router(x.value)
-        if self._experts_here is not None:
-            first, count = self._experts_here[0], self.w_down.shape[0]
-            is_here = (topk_ids >= first) & (topk_ids < first + count)
-            topk_ids = torch.where(is_here, topk_ids - first, -1)
-        takes_fp8 = self._experts_take_fp8
-        assert not takes_fp8 or x.codes is not None, "the norm before FP8 experts quantises"
+        Args:
+            rank_tokens: of the pass, as in `ForwardBatch`.
+        """
+        layout, num_tokens = self._layout, x.value.shape[0]
+        if self._exchange is None:
+            shared = self._start_shared(x) if num_tokens <= _BESIDE_TOKENS else None
+            routed = self._all_routed(x)
+            if shared is None:
+                shared = self._start_shared(x)
+            return layout.attention.all_reduce(routed + shared() if shared is not None else routed)
+        tokens = group_tokens(num_tokens, rank_tokens, layout.dp_size, layout.dp_rank)
+        shares = token_shares(tokens, layout.attention.size, layout.world.rank)
+        shared = self._start_shared(x)  # it overlaps with the exchange
+        routed = self._exchanged(self._exchange, _rows_of(x, shares.own), shares)
+        return sum_over_group(layout.attention, shared() if shared is not None else None, routed, num_tokens, shares)
+
+    def _start_shared(self, x: Activation) -> Callable[[], Tensor] | None:
+        shared_experts = self.shared_experts
+        return None if shared_experts is None else self._beside.start(lambda: shared_experts(x))
+
+    def _all_routed(self, x: Activation) -> Tensor:
+        """This rank's part of the sum over the ranks, for tokens that all ranks have."""
+        weights, places = self._route(x.value)
+        if not self._experts_take_fp8:
+            return self._compute(RoutedTokens(x.value, None, weights, places), x.value.dtype)
+        assert x.codes is not None, "the norm before FP8 experts quantises"
+        return self._compute(RoutedTokens(x.codes, x.scale, weights, places), x.value.dtype)
+
+    def _exchanged(self, exchange: TokenExchange, x: Activation, shares: TokenShares) -> Tensor:
+        """The complete sums for the tokens that this rank brings."""
+        weights, places = self._route(x.value)
+        rows, combine = exchange.dispatch(self._rows.pack(x, weights, places), places, shares)
+        return combine(self._compute(self._rows.unpack(rows), x.value.dtype))
+
+    def _route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(weights float32 [T, K]; the places of the experts, counted over all ranks, int64 [T, K])."""
+        return self.router(x)
+
+    def _compute(self, tokens: RoutedTokens, dtype: torch.dtype) -> Tensor:
+        """[n, hidden_size] of `dtype`: what the experts here add up to."""
+        places = tokens.places
+        if self._layout.experts_whole and not self._layout.is_single:
+            here = places - self._first_place
+            places = torch.where((here >= 0) & (here < self.w_down.shape[0]), here, -1)
+        is_fp8 = tokens.x_scale is not None
         return self._kernels.moe_experts(
-            x.codes if takes_fp8 and x.codes is not None else x.value,
+            tokens.x,
             self.w_gate_up,
             self.w_down,
-            topk_weights,
-            topk_ids,
+            tokens.weights,
+            places,
             w_gate_up_scale=self.w_gate_up_scale,
             w_down_scale=self.w_down_scale,
-            x_scale=x.scale if takes_fp8 else None,
-            out_dtype=x.value.dtype,
-            scale_fmt=self._activations.scale_fmt if takes_fp8 else None,
+            x_scale=tokens.x_scale,
+            out_dtype=dtype,
+            scale_fmt=self._activations.scale_fmt if is_fp8 else None,
         )
+
+
+def _exchange_of(layout: Layout, places_per_rank: int) -> TokenExchange | None:
+    if layout.moe_exchange == "all_to_all" and not layout.is_single:
+        return AllToAllExchange(layout.world, places_per_rank)
+    return GatherExchange(layout.world) if layout.dp_size > 1 else None
+
+
+def _rows_of(x: Activation, rows: slice) -> Activation:
+    if x.codes is None or x.scale is None:
+        return Activation(x.value[rows])
+    return Activation(x.value[rows], x.codes[rows], x.scale[rows])

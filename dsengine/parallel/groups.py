@@ -127,17 +127,17 @@ def join_world(
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     control = ControlGroup(new_group(range(size), "gloo", timeout))
     everyone = DistributedGroup()
-    return World(everyone, _attention_group(everyone, attn_dp_size, backend, timeout), control)
+    attention = everyone if attn_dp_size == 1 else attention_group(size, rank, attn_dp_size, backend, timeout)
+    return World(everyone, attention, control)
 
 
-def _attention_group(everyone: DistributedGroup, count: int, backend: str, timeout: timedelta) -> Group:
-    width = everyone.size // count
-    if count == 1:
-        return everyone
+def attention_group(size: int, rank: int, count: int, backend: str, timeout: timedelta) -> Group:
+    """This rank's of `count` groups of neighbouring ranks; all ranks make all groups."""
+    width = size // count
     if width == 1:
         return SingleProcess()
-    groups = [new_group(range(first, first + width), backend, timeout) for first in range(0, everyone.size, width)]
-    return DistributedGroup(groups[everyone.rank // width])
+    groups = [new_group(range(first, first + width), backend, timeout) for first in range(0, size, width)]
+    return DistributedGroup(groups[rank // width])
 
 
 def _open_store(host: str, port: int, rank: int, size: int, timeout: timedelta) -> Store:

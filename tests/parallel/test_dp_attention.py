@@ -1,0 +1,165 @@
+"""Models whose attention groups have tokens of their own answer each group as the whole model does, whoever is idle."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from dp_steps import GroupRun, Schedule
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from tiny_checkpoints import FP8_QUANTIZATION, TINY_CONFIGS, load_tiny
+
+from dsengine.model.random_checkpoint import write_random_checkpoint
+from dsengine.parallel.exchange import token_shares
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+DEMO = ROOT / "dsengine" / "demo" / "checkpoint"
+TIMEOUT_S = 120
+RANKS = 4
+
+HUB_CONFIGS: dict[str, dict[str, Any]] = {
+    "v3": TINY_CONFIGS["v3"],
+    "v2_lite": TINY_CONFIGS["v2_lite"],
+    "v3_dequantized": TINY_CONFIGS["v3"] | {"quantization_config": FP8_QUANTIZATION, "vocab_size": 323},
+}
+
+# Both prefill; one decodes beside a prefill; one or all are idle; one by one.
+MIXES: Schedule = [
+    [[30, 0], [7, 3], [1, 0], [0, 0]],
+    [[1, 12], [0, 0], [1, 0], [40, 0]],
+    [[1, 1], [1, 1], [1, 0], [1, 0]],
+    [[0, 0], [0, 0], [0, 0], [0, 0]],
+    [[0, 0], [0, 1], [0, 0], [0, 0]],
+    [[5, 1], [1, 1], [1, 1], [1, 1]],
+]
+TP = {"experts_whole": False}
+EP = {"experts_whole": True}
+SENT = {"experts_whole": True, "moe_exchange": "all_to_all"}
+
+
+def random_schedules(count: int) -> list[Schedule]:
+    """The same every time, and as hypothesis likes them: with many zeros and repetitions."""
+    found: list[Schedule] = []
+    request = st.sampled_from([0, 0, 1, 1, 2, 5, 14])
+    groups = st.lists(st.lists(request, min_size=2, max_size=2), min_size=RANKS, max_size=RANKS)
+
+    @settings(max_examples=count, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+    @given(st.lists(groups, min_size=1, max_size=4))
+    def collect(schedule: Schedule) -> None:
+        found.append(schedule)
+
+    collect()
+    return found[:count]
+
+
+def case(
+    checkpoint: str, size: int, attn_dp_size: int, layout: dict[str, Any], schedules: list[Schedule]
+) -> dict[str, Any]:
+    way = layout.get("moe_exchange", "gather") + (" whole experts" if layout["experts_whole"] else " cut experts")
+    return {
+        "name": f"{checkpoint} on {size} ranks in {attn_dp_size} groups, {way}",
+        "checkpoint": checkpoint,
+        "options": {},
+        "size": size,
+        "attn_dp_size": attn_dp_size,
+        "layout": layout,
+        "schedules": schedules,
+    }
+
+
+def run_ranks(folder: Path, cases: list[dict[str, Any]]) -> list[dict[str, torch.Tensor]]:
+    """What each rank wrote; no rank outlives this call."""
+    folder.mkdir()
+    (folder / "cases.json").write_text(json.dumps(cases))
+    paths = [str(ROOT), str(HERE), str(ROOT / "tests" / "model")]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(HERE / "dp_worker.py")]
+    ranks = [
+        subprocess.Popen([*command, str(rank), str(folder)], env=env, stderr=subprocess.PIPE, text=True)
+        for rank in range(RANKS)
+    ]
+    try:
+        errors = [rank.communicate(timeout=TIMEOUT_S)[1] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+    assert all(rank.returncode == 0 for rank in ranks), "\n".join(errors)
+    return [load_file(folder / f"rank{rank}.safetensors") for rank in range(RANKS)]
+
+
+def check(case: dict[str, Any], found: list[dict[str, torch.Tensor]]) -> None:
+    """Compare every rank's answers with those of the whole model to its group's requests."""
+    whole = load_tiny(Path(case["checkpoint"]), **case["options"])
+    width = case["size"] // case["attn_dp_size"]
+    for group in range(case["attn_dp_size"]):
+        for number, schedule in enumerate(case["schedules"]):
+            for key, expected in GroupRun(whole, group, 1).answers(schedule).items():
+                for rank in range(RANKS):
+                    if rank % case["size"] // width != group:
+                        continue
+                    answer = found[rank][f"{case['name']}/{number}/{key}"]
+                    worst = float((answer - expected).abs().max()) if expected.numel() else 0.0
+                    assert answer.shape == expected.shape
+                    assert worst < 1e-4, f"{case['name']}, schedule {number}, rank {rank}, {key}: off by {worst}"
+
+
+def test_groups_answer_as_the_whole_model(tmp_path: Path) -> None:
+    for name, hub in HUB_CONFIGS.items():
+        write_random_checkpoint(tmp_path / name, hub, seed=4)
+    v3, lite, fp8 = (str(tmp_path / name) for name in HUB_CONFIGS)
+    mixes = [MIXES, *random_schedules(10)]
+    even: list[Schedule] = [[[[6, 2]] * RANKS]]
+    cases = [
+        case(v3, 4, 2, EP, mixes),
+        case(v3, 4, 2, SENT, mixes),
+        case(v3, 4, 4, SENT, mixes),
+        case(v3, 4, 4, EP, [MIXES]),
+        case(v3, 4, 4, TP, [MIXES]),
+        case(v3, 4, 1, SENT, [MIXES]),
+        case(v3, 2, 2, SENT, [MIXES]),
+        case(v3, 2, 2, TP, [MIXES]),
+        case(v3, 2, 1, SENT, [MIXES]),
+        case(lite, 4, 2, EP, [MIXES]),
+        case(lite, 4, 4, SENT, even),
+        case(lite, 4, 4, EP, even),
+        case(fp8, 4, 2, SENT, [MIXES]),
+        case(str(DEMO), 4, 4, SENT, [MIXES]),
+        case(str(DEMO), 4, 4, EP, [MIXES]),
+    ]
+    found = run_ranks(tmp_path / "world", cases)
+    for one in cases:
+        check(one, found)
+
+
+@pytest.mark.parametrize("tokens", [(0, 0), (1, 0), (5, 8), (3, 3), (40, 1)])
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_shares_are_all_tokens_once(tokens: tuple[int, ...], size: int) -> None:
+    ranks = [token_shares(tokens, size, rank) for rank in range(2 * size)]
+    for group, count in enumerate(tokens):
+        shares = ranks[group * size : (group + 1) * size]
+        assert shares[0].own.start == 0
+        assert shares[-1].own.stop == count
+        assert all(left.own.stop == right.own.start for left, right in pairwise(shares))
+        assert all(share.own.stop - share.own.start <= share.width for share in shares)
+        assert all(share.counts == ranks[0].counts for share in shares)
+        assert [share.own.stop - share.own.start for share in shares] == list(
+            ranks[0].counts[group * size : (group + 1) * size]
+        )
+
+
+def test_shares_are_padded_where_that_is_less_to_move() -> None:
+    assert token_shares((8, 8), 1, 0).is_padded
+    assert token_shares((8, 1), 1, 0).is_padded
+    assert not token_shares((8, 1, 1, 1), 1, 0).is_padded
+    assert token_shares((0, 0), 1, 0).is_padded
