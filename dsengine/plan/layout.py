@@ -25,11 +25,13 @@ class Layout:
         attn_tp: ranks that share the heads, the shared experts, the dense layers and the vocabulary.
         attn_dp: groups of such ranks, each with requests and a cache of its own.
         experts: "ep": each rank holds E / world whole experts; "tp": a slice of every expert.
+        redundant: further copies of experts that the world holds, so that busy ones lie on several ranks.
     """
 
     attn_tp: int = 1
     attn_dp: int = 1
     experts: ExpertSplit = "tp"
+    redundant: int = 0
 
     @property
     def world(self) -> int:
@@ -37,12 +39,13 @@ class Layout:
 
     @property
     def name(self) -> str:
-        """As in "TP8", "DP8 EP8" or "DP2 TP4 EP8"."""
+        """As in "TP8", "DP8 EP8", "DP2 TP4 EP8" or, with redundant experts, "DP72 EP72+32"."""
         if self.world == 1:
             return "one GPU"
         parts = [f"DP{self.attn_dp}"] if self.attn_dp > 1 else []
         parts += [f"TP{self.attn_tp}"] if self.attn_tp > 1 else []
-        parts += [f"EP{self.world}"] if self.experts == "ep" else []
+        extra = f"+{self.redundant}" if self.redundant else ""
+        parts += [f"EP{self.world}{extra}"] if self.experts == "ep" else []
         return " ".join(parts)
 
     def problem(self, config: ModelConfig) -> str | None:
@@ -50,8 +53,8 @@ class Layout:
         heads, experts, inter = config.num_attention_heads, config.n_routed_experts, config.moe_intermediate_size
         if heads % self.attn_tp:
             return f"{heads} heads do not divide by {self.attn_tp}"
-        if self.experts == "ep" and experts % self.world:
-            return f"{experts} experts do not divide by {self.world}"
+        if self.experts == "ep" and (experts + self.redundant) % self.world:
+            return f"{experts + self.redundant} experts do not divide by {self.world}"
         if self.experts == "tp" and (self.attn_dp > 1 or inter % self.world):
             return f"a slice of every expert on {self.world} ranks needs one TP group, and {inter} to divide"
         if self.experts == "tp" and config.quantization is not None and inter // self.world % _FP8_BLOCK:

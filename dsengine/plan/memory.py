@@ -32,6 +32,7 @@ GRAPH_BYTES = 2**30
 RESERVE_BYTES = 2**29
 """What the engine keeps clear (`dsengine.engine.device_setup`)."""
 
+ROUTED = "routed experts"
 _FP8_BLOCK = (128, 128)
 _STORED_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 _SPLIT_BY_HEADS = (".q_proj.", ".q_b_proj.", ".kv_b_proj.", ".o_proj.")
@@ -45,16 +46,19 @@ class Part:
     Attributes:
         split: "world", "attn_tp" or "none": the ranks over which a layout divides it.
         loaded_bytes: in memory, all layers, unsplit.
+        experts: how many experts the part is made of; 0: it is none of experts.
     """
 
     name: str
     split: str
     parameters: int
     loaded_bytes: int
+    experts: int = 0
 
     def bytes_per_rank(self, layout: Layout) -> int:
         over = {"world": layout.world, "attn_tp": layout.attn_tp, "none": 1}[self.split]
-        return self.loaded_bytes // over
+        copies = 1 + layout.redundant / self.experts if self.experts else 1
+        return int(self.loaded_bytes * copies) // over
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,10 @@ def weigh(model: PlannedModel, gpu: Gpu) -> Weights:
     per_expert = 3 * config.hidden_size * config.moe_intermediate_size
     moe_layers = config.num_hidden_layers - config.first_k_dense_replace
     return Weights(
-        tuple(Part(name, split, *sizes) for (name, split), sizes in sums.items()),
+        tuple(
+            Part(name, split, count, size, config.n_routed_experts if name == ROUTED else 0)
+            for (name, split), (count, size) in sums.items()
+        ),
         parameters,
         parameters - moe_layers * idle * per_expert,
         sum(math.prod(tensor.shape) for tensor in nextn.values()),
@@ -106,7 +113,7 @@ def weigh(model: PlannedModel, gpu: Gpu) -> Weights:
 def _place(name: str) -> tuple[str, str]:
     """(part, how it is split) of a tensor."""
     if ".mlp.experts." in name:
-        return "routed experts", "world"
+        return ROUTED, "world"
     if ".mlp.shared_experts." in name:
         return "shared experts", "attn_tp"
     if ".mlp.gate." in name:

@@ -102,10 +102,10 @@ class RankWork:
         cached = (load.tokens if load.requests is None else load.requests) * load.context
         attended = Work("mla", cached * self.cache_bytes, 2.0 * pairs * heads * (2 * rank + config.qk_rope_head_dim))
         return [
-            *self._queries(tokens),
-            self._absorbed("w_uk", config.qk_nope_head_dim, tokens),
+            *self.queries(tokens),
+            self.absorbed("w_uk", config.qk_nope_head_dim, tokens),
             attended,
-            self._absorbed("w_uv", config.v_head_dim, tokens),
+            self.absorbed("w_uv", config.v_head_dim, tokens),
             self.linear("o", config.hidden_size, heads * config.v_head_dim, tokens),
         ]
 
@@ -116,13 +116,14 @@ class RankWork:
         moved = tokens * heads * (widths + config.qk_head_dim + config.v_head_dim) * _BF16
         kv_rows = heads * (config.qk_nope_head_dim + config.v_head_dim)
         return [
-            *self._queries(tokens),
+            *self.queries(tokens),
             self.linear("kv_b", kv_rows, config.kv_lora_rank, tokens),
             Work("mla", moved, 2.0 * tokens * (prompt / 2) * heads * widths),
             self.linear("o", config.hidden_size, heads * config.v_head_dim, tokens),
         ]
 
-    def _queries(self, tokens: int) -> Iterator[Work]:
+    def queries(self, tokens: int) -> Iterator[Work]:
+        """From the normalised input to queries and latents."""
         config = self.config
         query_rows = self.heads * config.qk_head_dim
         if config.q_lora_rank is None:
@@ -132,7 +133,8 @@ class RankWork:
             yield self.linear("qkv_a", config.q_lora_rank + config.latent_dim, config.hidden_size, tokens)
             yield self.linear("q_b", query_rows, config.q_lora_rank, tokens)
 
-    def _absorbed(self, name: str, per_head: int, tokens: int) -> Work:
+    def absorbed(self, name: str, per_head: int, tokens: int) -> Work:
+        """A product with half of kv_b: "w_uk", or "w_uv" with the values' width."""
         rank, heads = self.config.kv_lora_rank, self.heads
         weight = heads * per_head * rank * (1 if self.is_fp8 else _BF16)
         moved = weight + tokens * heads * (per_head + rank) * _BF16
@@ -159,12 +161,16 @@ class RankWork:
         return Work("router", (experts + tokens) * hidden * _BF16, 2.0 * experts * hidden * tokens)
 
     def routed_experts(self, routed_tokens: int) -> Work:
-        """This rank's part of the experts, for tokens of the whole world and uniform choices."""
+        """This rank's part of the experts, for tokens of the whole world and uniform choices.
+
+        Redundant experts count as so many more experts to choose from.
+        """
         config, hidden = self.config, self.config.hidden_size
+        held = config.n_routed_experts + self.layout.redundant
         inter, share = config.moe_intermediate_size, 1 / self.layout.world
         if self.layout.experts == "tp":
             inter, share = inter // self.layout.world, 1.0
-        hit = share * experts_hit(config.n_routed_experts, config.num_experts_per_tok, routed_tokens)
+        hit = share * experts_hit(held, config.num_experts_per_tok, routed_tokens)
         pairs = share * routed_tokens * config.num_experts_per_tok
         gate_up = self.linear("experts", 2 * inter, hidden, pairs, weights=hit)
         down = self.linear("experts", hidden, inter, pairs, weights=hit)
@@ -172,15 +178,16 @@ class RankWork:
 
     def decode_layer(self, load: Load, is_moe: bool) -> list[Work]:
         attention = self.decode_attention(load)
-        return attention + (self.mixture(load) if is_moe else self._dense(load.tokens))
+        return attention + (self.mixture(load) if is_moe else self.dense(load.tokens))
 
-    def _dense(self, tokens: int) -> list[Work]:
+    def dense(self, tokens: int) -> list[Work]:
+        """The MLP of a layer without experts."""
         return self.gated_mlp("dense", self.config.intermediate_size // self.layout.attn_tp, tokens)
 
     def prefill_layer(self, load: Load, is_moe: bool) -> list[Work]:
         """`load.tokens` new tokens of whole prompts of `load.context` tokens."""
         attention = self.prefill_attention(load.tokens, load.context)
-        return attention + (self.mixture(load) if is_moe else self._dense(load.tokens))
+        return attention + (self.mixture(load) if is_moe else self.dense(load.tokens))
 
     def head(self, tokens: int) -> Work:
         rows, hidden = self.config.vocab_size // self.layout.attn_tp, self.config.hidden_size

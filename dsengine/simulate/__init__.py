@@ -1,0 +1,1 @@
+"""A cluster on paper: the engine's own schedulers, caches and routing, with a cost model in the place of GPUs."""
