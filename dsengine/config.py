@@ -20,6 +20,7 @@ CacheDType = Literal["auto", "bfloat16", "fp8_e4m3"]
 ChecksumMode = Literal["auto", "on", "off"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 LogFormat = Literal["text", "json"]
+LogFormat = Literal["text", "json"]
 EngineFailurePolicy = Literal["restart", "exit"]
 ToolCallFormat = Literal["deepseekv3", "deepseekv31", "deepseekv32", "kimi_k2"]
 
@@ -287,7 +288,6 @@ class ServerConfig:
     enable_admin: bool = _option(False, "Serve /abort_request, /pause and /continue, to holders of the admin key.")
     admin_api_key: str | None = _option(None, "Bearer token of the admin routes; --enable-admin needs one.")
     disable_web_page: bool = _option(False, "Do not serve the web page at /.")
-    disable_web_page: bool = _option(False, "Do not serve the web page at /.")
     thinking: bool | None = _option(
         None, "Default of the chat template's thinking switch; default: the template's own."
     )
@@ -300,6 +300,18 @@ class ServerConfig:
         "restart", "When the engine process dies: restart it, or exit non-zero."
     )
     log_level: LogLevel = _option("info", "Verbosity of the log.")
+    log_format: LogFormat = _option("text", "Lines of the server's log: text for people, or one JSON object each.")
+    log_requests: bool = _option(
+        False,
+        "Tell in the log, of every generating request, its parameters, lengths, times and finish reasons: no contents.",
+        "--enable-log-requests",
+    )
+    log_requests_contents: bool = _option(
+        False, "With --log-requests: prompts and answers too, cut after 10,000 characters."
+    )
+    otlp_traces_endpoint: str | None = _option(
+        None, "Send an OpenTelemetry trace of every generating request to this OTLP collector, as in http://HOST:4318."
+    )
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
@@ -317,6 +329,12 @@ class ServerConfig:
             raise ValueError(f"drain_timeout is {self.drain_timeout}; it must not be negative")
         _require_choice(self, "on_engine_failure", EngineFailurePolicy.__args__)  # type: ignore[attr-defined]
         _require_choice(self, "log_level", LogLevel.__args__)  # type: ignore[attr-defined]
+        _require_choice(self, "log_format", LogFormat.__args__)  # type: ignore[attr-defined]
+        if self.log_requests_contents and not self.log_requests:
+            raise ValueError("log_requests is missing: log_requests_contents adds to what it logs")
+        endpoint = self.otlp_traces_endpoint
+        if endpoint is not None and not endpoint.startswith(("http://", "https://")):
+            raise ValueError(f"otlp_traces_endpoint is {endpoint!r}; it must begin with http:// or https://")
         if self.tool_call_parser is not None:
             _require_choice(self, "tool_call_parser", ToolCallFormat.__args__)  # type: ignore[attr-defined]
 

@@ -233,4 +233,5 @@ def _update_of(scheduled: ScheduledRequest, sampled: Sequence[SampledToken]) -> 
         error=request.error,
         num_drafts=scheduled.num_drafts,
         num_accepted=max(len(entered) - 1, 0),
+        queue_seconds=(request.queue_seconds or 0.0) if first else 0.0,
     )

@@ -97,6 +97,7 @@ class RequestUpdate(msgspec.Struct, frozen=True, tag="update"):
         error: what went wrong, when `finish_reason` is "error".
         rejected: the request was refused before it ran, for a reason the client can mend.
         num_drafts: drafted tokens that were verified for these, and `num_accepted` how many of them were kept.
+        queue_seconds: with the first tokens: how long the request waited until it was first computed.
     """
 
     request_id: str
@@ -110,6 +111,7 @@ class RequestUpdate(msgspec.Struct, frozen=True, tag="update"):
     rejected: bool = False
     num_drafts: int = 0
     num_accepted: int = 0
+    queue_seconds: float = 0.0
 
 
 class SpeculationStats(msgspec.Struct, frozen=True):

@@ -34,6 +34,7 @@ class Request:
         num_computed_tokens: leading tokens of prompt + output whose latents are in the cache.
         block_table: cache blocks that hold those latents, in order; owned by the scheduler.
         num_cached_tokens: prompt tokens found in the prefix cache at first admission.
+        queue_seconds: from arrival to first admission; None before.
     """
 
     request_id: str
@@ -52,6 +53,7 @@ class Request:
     num_computed_tokens: int = 0
     block_table: list[int] = field(default_factory=list)
     num_cached_tokens: int = 0
+    queue_seconds: float | None = None
     num_preemptions: int = 0
     finish_reason: FinishReason | None = None
     stop_reason: int | None = None
@@ -65,6 +67,11 @@ class Request:
     @property
     def num_tokens(self) -> int:
         return len(self.prompt_token_ids) + len(self.output_token_ids)
+
+    def note_admission(self, now: float) -> None:
+        """The request is computed from `now` on; what it waits for after a preemption does not count."""
+        if self.queue_seconds is None:
+            self.queue_seconds = now - self.arrival_time
 
     def token_ids(self, start: int, stop: int) -> list[int]:
         """Tokens [start, stop) of prompt + output, without copying the rest."""

@@ -278,6 +278,7 @@ class Scheduler:
             if not self._fits(state) and not self._make_room(state):
                 return False
             self._start(state)
+            state.request.note_admission(now)
         return True
 
     def _score(self, state: SequenceState, now: float) -> float:

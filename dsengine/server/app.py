@@ -34,8 +34,11 @@ from dsengine.server.openai_responses import responses
 from dsengine.server.protocol import ChatCompletionRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from dsengine.server.protocol_anthropic import CountTokensRequest, MessagesRequest
 from dsengine.server.protocol_responses import ResponsesRequest
+from dsengine.server.request_record import RECORD
+from dsengine.server.request_watch import RequestWatch
 from dsengine.server.responses import ClientDisconnected, client_left, json_response, until_disconnect
 from dsengine.server.service import Service, new_id
+from dsengine.server.tracing import Tracer
 from dsengine.server.web.page import PAGE_PATHS, add_page_routes
 
 _HEALTH_SECONDS = 30.0
@@ -61,9 +64,9 @@ class _StrictRoute(APIRoute):
         return strict
 
 
-def create_app(engine: AsyncEngine, config: ServerConfig) -> App:
+def create_app(engine: AsyncEngine, config: ServerConfig, tracer: Tracer | None = None) -> App:
     """The application for an engine that has started."""
-    return App(Service(engine, config))
+    return App(Service(engine, config), tracer)
 
 
 class App:
@@ -74,7 +77,7 @@ class App:
         routes: FastAPI's application, inside of key checks and limits.
     """
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Service, tracer: Tracer | None = None) -> None:
         self.service = service
         self.routes = FastAPI(
             title="dsengine",
@@ -104,6 +107,7 @@ class App:
             admin_api_key=service.config.admin_api_key,
             max_body_bytes=service.config.max_body_bytes,
             open_paths=PAGE_PATHS if has_page else (),
+            watch=RequestWatch(service.config, service.tokenizer, None if tracer is None else tracer.trace),
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -112,7 +116,7 @@ class App:
 
 def _add_generation_routes(app: FastAPI, service: Service) -> None:
     def tenant(request: Request) -> Service:
-        return service.for_key(request.scope[KEY_DIGEST])
+        return service.for_request(request.scope[KEY_DIGEST], request.scope.get(RECORD))
 
     @app.post("/v1/chat/completions", response_model=None)
     async def chat(body: ChatCompletionRequest, request: Request) -> Response:

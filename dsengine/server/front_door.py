@@ -15,12 +15,15 @@ import re
 import time
 import uuid
 from collections.abc import Collection, Sequence
+from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dsengine.server.errors import ApiError, internal_error, invalid, shutting_down
 from dsengine.server.lifecycle import Lifecycle
 from dsengine.server.metrics import CLIENT_CLOSED_REQUEST, Metrics
+from dsengine.server.request_log import FIELDS
+from dsengine.server.request_watch import RequestWatch
 
 access_log = logging.getLogger("dsengine.access")
 logger = logging.getLogger(__name__)
@@ -43,6 +46,8 @@ class FrontDoor:
             that a request came with is left in its scope, under `KEY_DIGEST`.
         admin_api_key: the admin routes need this one instead; None: there are none.
         max_body_bytes: larger bodies are refused while they stream in.
+        open_paths: paths that need no key, whatever is asked of them.
+        watch: of requests on generating routes, for the log and for traces.
     """
 
     def __init__(
@@ -54,7 +59,8 @@ class FrontDoor:
         api_keys: Sequence[str],
         admin_api_key: str | None,
         max_body_bytes: int,
-        open_paths: Collection[str] = (),
+        open_paths: Collection[str],
+        watch: RequestWatch,
     ) -> None:
         self._app = app
         self._lifecycle = lifecycle
@@ -63,6 +69,7 @@ class FrontDoor:
         self._admin_digests = [] if admin_api_key is None else [_digest(admin_api_key.encode())]
         self._max_body_bytes = max_body_bytes
         self._open_paths = OPEN_PATHS | frozenset(open_paths)
+        self._watch = watch
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -73,11 +80,13 @@ class FrontDoor:
             return
         with self._lifecycle.request():
             exchange = _Exchange(scope, send)
+            record = self._watch.begin(scope, exchange.request_id)
             try:
                 await self._handle(scope, receive, exchange)
             finally:
                 self._metrics.response(scope["path"], exchange.status)
-                exchange.log()
+                details = {} if record is None else self._watch.end(record, exchange.final_status)
+                exchange.log(details)
 
     async def _handle(self, scope: Scope, receive: Receive, exchange: _Exchange) -> None:
         try:
@@ -194,12 +203,12 @@ class _Exchange:
         self._scope = scope
         self._send = send
         self._started = time.monotonic()
-        self._request_id = _request_id(scope)
+        self.request_id = _request_id(scope)
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            message["headers"] = [*message.get("headers", []), (b"x-request-id", self._request_id)]
+            message["headers"] = [*message.get("headers", []), (b"x-request-id", self.request_id.encode())]
         await self._send(message)
 
     async def fail(self, error: ApiError, scope: Scope, receive: Receive) -> None:
@@ -207,22 +216,27 @@ class _Exchange:
         if self.status is None:
             await error.response(scope["path"])(scope, receive, self.send)
 
-    def log(self) -> None:
+    @property
+    def final_status(self) -> int:
+        return CLIENT_CLOSED_REQUEST if self.status is None else self.status
+
+    def log(self, details: dict[str, Any]) -> None:
         # JSON escapes what a client may have put into the path to forge lines of the log.
         client = self._scope.get("client")
         entry = {
             "method": self._scope["method"],
             "path": self._scope["path"],
-            "status": CLIENT_CLOSED_REQUEST if self.status is None else self.status,
+            "status": self.final_status,
             "ms": round((time.monotonic() - self._started) * 1000, 1),
-            "request_id": self._request_id.decode(),
+            "request_id": self.request_id,
             "client": client[0] if client else None,
+            **details,
         }
-        access_log.info(json.dumps(entry))
+        access_log.info(json.dumps(entry), extra={FIELDS: entry})
 
 
-def _request_id(scope: Scope) -> bytes:
+def _request_id(scope: Scope) -> str:
     for name, value in scope["headers"]:
         if name == b"x-request-id" and _REQUEST_ID.fullmatch(value):
-            return bytes(value)
-    return uuid.uuid4().hex.encode()
+            return str(value, "ascii")
+    return uuid.uuid4().hex

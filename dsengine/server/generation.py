@@ -22,6 +22,7 @@ from dsengine.outputs import SequenceAssembler
 from dsengine.server import errors
 from dsengine.server.errors import ApiError
 from dsengine.server.metrics import Metrics
+from dsengine.server.request_record import RequestRecord, SequenceTexts
 
 logger = logging.getLogger(__name__)
 
@@ -63,14 +64,20 @@ class Delta:
 class Generation:
     """The sequences of one HTTP request.
 
+    Args:
+        record: is told of them, if there is one.
+
     Raises (while iterating over `deltas()`):
         ApiError: the engine refused, failed or is gone; or the server is being shut down.
     """
 
-    def __init__(self, engine: AsyncEngine, jobs: Sequence[Job], metrics: Metrics) -> None:
+    def __init__(
+        self, engine: AsyncEngine, jobs: Sequence[Job], metrics: Metrics, record: RequestRecord | None = None
+    ) -> None:
         self._engine = engine
         self._jobs = jobs
         self._metrics = metrics
+        self._record = record
         self._pending: dict[int, Delta] = {}
         self._arrived = asyncio.Event()
         self._error: ApiError | None = None
@@ -117,6 +124,8 @@ class Generation:
     async def _pump(self, index: int, job: Job) -> None:
         assembler = SequenceAssembler(index, self._engine.tokenizer, job.prompt_token_ids, job.params)
         timer = self._metrics.sequence(len(job.prompt_token_ids))
+        if self._record is not None:
+            self._record.sequences.append(timer)
         updates = self._engine.generate(
             job.prompt_token_ids,
             job.params,
@@ -135,7 +144,7 @@ class Generation:
                     if update.finish_reason == "error":
                         logger.error("%s failed: %s", job.request_id, update.error)
                         raise errors.grammar_too_slow() if update.error == GRAMMAR_TOO_SLOW else errors.request_failed()
-                    timer.tokens(len(update.new_token_ids), update.cached_tokens, time.monotonic())
+                    timer.update(update, time.monotonic())
                     stopped = assembler.push(update)
                     self._merge(index, update, assembler)
                     if stopped or update.finish_reason is not None:
@@ -147,6 +156,8 @@ class Generation:
             raise
         finally:
             timer.finish(outcome, time.monotonic())
+            if self._record is not None and self._record.keeps_texts:
+                self._record.texts.append(SequenceTexts(job.prompt_token_ids, assembler.output.text))
 
     def _merge(self, index: int, update: RequestUpdate, assembler: SequenceAssembler) -> None:
         delta = self._pending.setdefault(index, Delta(index))

@@ -24,6 +24,8 @@ from dsengine.server import errors
 from dsengine.server.app import App, create_app
 from dsengine.server.front_door import MAX_HEADER_BYTES
 from dsengine.server.node import run_node
+from dsengine.server.request_log import configure_logging
+from dsengine.server.tracing import Tracer
 
 logger = logging.getLogger("dsengine.server")
 
@@ -45,7 +47,7 @@ def serve(
     Args:
         engine_module: what runs as the engine's process.
     """
-    _configure_logging(server_config.log_level)
+    configure_logging(server_config.log_level, server_config.log_format)
     if engine_config.node_rank > 0:
         return run_node(engine_config, server_config.on_engine_failure)
     try:
@@ -67,6 +69,7 @@ class _Launcher:
         self._config = server_config
         self._engine_module = engine_module
         self._listener = listener
+        self._tracer: Tracer | None = None
         self._signals = 0
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
@@ -76,6 +79,8 @@ class _Launcher:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal)
         try:
+            if self._config.otlp_traces_endpoint is not None:
+                self._tracer = Tracer(self._config.otlp_traces_endpoint)
             progress = sys.stderr.isatty()
             engine = AsyncEngine(
                 self._engine_config,
@@ -89,6 +94,8 @@ class _Launcher:
             return await self._run_engine(engine)
         finally:
             await engine.shutdown()
+            if self._tracer is not None:
+                await self._tracer.close()
 
     async def _run_engine(self, engine: AsyncEngine) -> int:
         start, stop = asyncio.create_task(engine.start()), asyncio.create_task(self._stop.wait())
@@ -106,7 +113,7 @@ class _Launcher:
         if engine.info.memory is not None:
             for line in engine.info.memory.lines():
                 logger.info(line)
-        return await self._run_server(engine, create_app(engine, self._config))
+        return await self._run_server(engine, create_app(engine, self._config, self._tracer))
 
     async def _run_server(self, engine: AsyncEngine, app: App) -> int:
         server = _Server(_uvicorn_config(app))
@@ -233,12 +240,3 @@ async def _cancel(*tasks: asyncio.Task[object]) -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def _configure_logging(level: str) -> None:
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    root = logging.getLogger()
-    root.handlers[:] = [handler]
-    root.setLevel(level.upper())
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)

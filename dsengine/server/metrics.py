@@ -9,7 +9,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import Collector
 
-from dsengine.engine.messages import EngineStats, SpeculationStats
+from dsengine.engine.messages import EngineStats, RequestUpdate, SpeculationStats
 
 CLIENT_CLOSED_REQUEST = 499
 
@@ -104,33 +104,49 @@ class Metrics:
 
 
 class SequenceTimer:
-    """Observes one sequence from admission to end."""
+    """Observes one sequence from admission to end; times are those of the metrics' clock.
+
+    Attributes:
+        queue_seconds: that it waited before it was computed.
+        num_tokens: generated so far.
+    """
 
     def __init__(self, metrics: Metrics, num_prompt_tokens: int, now: float) -> None:
+        self.num_prompt_tokens = num_prompt_tokens
+        self.num_tokens = 0
+        self.cached_tokens = 0
+        self.queue_seconds = 0.0
+        self.started = now
+        self.first_token: float | None = None
+        self.ended: float | None = None
+        self.finish_reason: str | None = None
         self._metrics = metrics
-        self._num_prompt_tokens = num_prompt_tokens
-        self._started = now
-        self._last: float | None = None
+        self._last = now
 
-    def tokens(self, count: int, cached_tokens: int, now: float) -> None:
-        """`count` tokens have arrived together at `now`; latency is shared out evenly among them."""
+    def update(self, update: RequestUpdate, now: float) -> None:
+        """Tokens have arrived together at `now`; latency is shared out evenly among them."""
+        count = len(update.new_token_ids)
         if count == 0:
             return
         metrics = self._metrics
         metrics._generation_tokens.inc(count)
-        if self._last is None:
-            metrics._first_token.observe(now - self._started)
-            metrics._prompt_tokens.inc(self._num_prompt_tokens)
-            metrics._cached_tokens.inc(cached_tokens)
+        self.num_tokens += count
+        if self.first_token is None:
+            self.first_token, self.cached_tokens, self.queue_seconds = now, update.cached_tokens, update.queue_seconds
+            metrics._first_token.observe(now - self.started)
+            metrics._prompt_tokens.inc(self.num_prompt_tokens)
+            metrics._cached_tokens.inc(update.cached_tokens)
         else:
             for _ in range(count):
                 metrics._inter_token.observe((now - self._last) / count)
         self._last = now
 
     def finish(self, reason: str, now: float) -> None:
-        self._metrics._finished.labels(reason if reason in FINISH_REASONS else "error").inc()
+        self.finish_reason = reason if reason in FINISH_REASONS else "error"
+        self.ended = now
+        self._metrics._finished.labels(self.finish_reason).inc()
         if reason in ("stop", "length"):
-            self._metrics._end_to_end.observe(now - self._started)
+            self._metrics._end_to_end.observe(now - self.started)
 
 
 class _EngineCollector(Collector):

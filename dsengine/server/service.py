@@ -29,6 +29,7 @@ from dsengine.server.lifecycle import Lifecycle
 from dsengine.server.metrics import Metrics
 from dsengine.server.protocol import ChatCompletionRequest, CompletionRequest, TokenizeRequest
 from dsengine.server.protocol_messages import ChatMessage, ToolOptions
+from dsengine.server.request_record import RequestRecord
 from dsengine.server.tools.formats import PARSERS, describes_tools, detect_format, with_description
 from dsengine.server.tools.parser import MAX_CALLS, ToolCallParser
 
@@ -81,11 +82,12 @@ class Service:
         self.lifecycle = Lifecycle(self.metrics)
         self._threads = ThreadPoolExecutor(_TOKENIZER_THREADS, thread_name_prefix="tokenizer")
         self._key_digest = b""
+        self._record: RequestRecord | None = None
 
-    def for_key(self, digest: bytes) -> Service:
-        """The same, for requests that came with the key of this digest; it is empty where no key is asked for."""
+    def for_request(self, digest: bytes, record: RequestRecord | None) -> Service:
+        """The same, for one request that came with the key of this digest; it is empty where no key is asked for."""
         service = copy.copy(self)
-        service._key_digest = digest
+        service._key_digest, service._record = digest, record
         return service
 
     async def close(self) -> None:
@@ -212,6 +214,8 @@ class Service:
             raise errors.invalid(f"n is {params.n}; this server runs {self.engine.config.max_running_requests}", "n")
         if len(prompts) * params.n > limit:
             raise errors.invalid(f"{len(prompts)} prompts x n {params.n} are more than {limit} sequences", "prompt")
+        if self._record is not None:
+            self._record.begin(response_id, self.model, params, stream=bool(request.stream))
         salt = self._cache_salt(request.cache_salt or "")
         priority = request.priority or 0
         return [
@@ -223,7 +227,7 @@ class Service:
 
     async def run(self, jobs: Sequence[Job]) -> AsyncGenerator[Delta, None]:
         """Deltas of the jobs, ended early by a shutdown; see `Generation`."""
-        generation = Generation(self.engine, jobs, self.metrics)
+        generation = Generation(self.engine, jobs, self.metrics, self._record)
         with self.lifecycle.generation(generation):
             async with contextlib.aclosing(generation.deltas()) as deltas:
                 async for delta in deltas:
