@@ -29,6 +29,9 @@ class RanksDisagreeError(RuntimeError):
 class Agreement(Protocol):
     """Asked by the engine wherever ranks might differ; every rank asks the same questions in the same order."""
 
+    def seconds(self, measured: float) -> float:
+        """A measured time."""
+
     def tokens(self, token_ids: Tensor) -> Tensor:
         """Drawn tokens, int64 on the device; changed in place."""
 
@@ -45,6 +48,9 @@ class Agreement(Protocol):
 
 class Alone:
     """The agreement of a single process."""
+
+    def seconds(self, measured: float) -> float:
+        return measured
 
     def tokens(self, token_ids: Tensor) -> Tensor:
         return token_ids
@@ -69,6 +75,10 @@ class RankAgreement:
 
     def tokens(self, token_ids: Tensor) -> Tensor:
         return self._world.attention.broadcast(token_ids)
+
+    def seconds(self, measured: float) -> float:
+        [nanoseconds] = self._world.all_gather_ints([int(measured * 1e9)])[0]
+        return nanoseconds * 1e-9
 
     def tree(self, wish: TreeShape | None) -> TreeShape | None:
         values = (0, 0, 0) if wish is None else (wish.steps, wish.topk, wish.num_nodes)

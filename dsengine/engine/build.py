@@ -95,7 +95,7 @@ def build_engine(
         agree_blocks=agreement.blocks,
     )
     runner, ledger = setup.on_cpu() if memory is None else setup.on_cuda(memory, lambda: CudaGraphs(device))
-    book = make_book(config, runner)
+    book = make_book(config, runner, agreement.seconds)
     overlap = book is None and not config.disable_overlap_schedule and (queue is not None or device.type == "cuda")
     info = EngineInfo(
         model=str(checkpoint),

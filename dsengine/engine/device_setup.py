@@ -217,6 +217,9 @@ class DeviceSetup:
         config = self._config
         if config.disable_cuda_graph:
             return []
+        if config.attn_dp_size > 1:
+            logger.warning("decode runs without CUDA graphs: attention groups have batches of different sizes")
+            return []
         obstacles = operations_against_capture(self._kernels, self._weights.has_fp8)
         if obstacles:
             logger.warning("decode runs without CUDA graphs: %s may wait for the host", ", ".join(obstacles))

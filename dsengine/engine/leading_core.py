@@ -32,7 +32,7 @@ from dsengine.model.deepseek import DeepseekModel
 from dsengine.parallel.groups import World
 from dsengine.parallel.launch import RankProcesses
 from dsengine.parallel.prefix_routing import PrefixRouter
-from dsengine.parallel.watchdog import Watchdog
+from dsengine.parallel.watchdog import RanksFailedError, Watchdog
 
 EVERYBODY = -1
 _IDS_IN_REPORT = 20
@@ -182,21 +182,19 @@ class LeadingCore:
             assert answer.error is None, f"rank {rank}: {answer.error}"
 
     def close(self) -> None:
-        """End the other ranks, in good order where they still answer."""
-        try:
-            with self._watchdog.over("the end"):
-                self._tick(Tick(0.0, stops=True))
+        """End the other ranks, in good order if they still answer."""
+        if not self._watchdog.has_failed:
+            with contextlib.suppress(RanksFailedError), self._watchdog.over("the end"):
+                self._tick(Tick(self._now, stops=True))
                 self._watchdog.stop()
-                self._world.close()
-        finally:
-            self._watchdog.stop()
-            self._processes.close(_ENDING_SECONDS)
-            self._resources.close()
+                self._processes.wait(_ENDING_SECONDS)
+        self.give_up()
 
     def give_up(self) -> None:
         """End the other ranks at once."""
         self._watchdog.stop()
         self._processes.close()
+        self._world.close()
         self._resources.close()
 
     def _describe_step(self) -> str:

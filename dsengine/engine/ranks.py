@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
+import torch.distributed
 
 from dsengine.config import EngineConfig
 from dsengine.engine.build import ProgressCallback, build_engine, resolve_device
@@ -56,6 +57,10 @@ def open_engine(
     if config.tp_size == 1:
         return _build(args, config, None, progress)
     check_ranks(config, Path(args.checkpoint))
+    if torch.distributed.is_initialized():
+        raise ValueError(
+            f"tp_size is {config.tp_size}, and this process is a rank already; shut the other LLM down first"
+        )
     with contextlib.ExitStack() as resources:
         if not args.folder:
             folder = resources.enter_context(tempfile.TemporaryDirectory(prefix="dsengine-"))

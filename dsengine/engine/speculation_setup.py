@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from dsengine.config import EngineConfig
@@ -62,14 +64,20 @@ def make_speculator(
     )
 
 
-def make_book(config: EngineConfig, runner: ModelRunner) -> SpeculationBook | None:
-    """What decides about the runner's drafts, None where it does not draft."""
+def make_book(
+    config: EngineConfig, runner: ModelRunner, agree: Callable[[float], float] = lambda seconds: seconds
+) -> SpeculationBook | None:
+    """What decides about the runner's drafts, None where it does not draft.
+
+    Args:
+        agree: makes of a measured time the one that all ranks go by.
+    """
     if runner.speculator is None or config.speculative_algorithm is None:
         return None
     largest = largest_tree_shape(config)
     costs = None
     if config.speculative_adaptive is not False:
-        costs = _costs(runner)
+        costs = _costs(runner, agree)
         if config.speculative_algorithm == "NGRAM":
             costs = _FreeDrafts(costs)
     # Any other tree would cost a launch per kernel.
@@ -98,10 +106,10 @@ class _FreeDrafts:
         return 0.0
 
 
-def _costs(runner: ModelRunner) -> StepCosts:
+def _costs(runner: ModelRunner, agree: Callable[[float], float]) -> StepCosts:
     model, cache = runner.model, runner.pool.layers[0]
     if model.device.type != "cuda":
-        return MeasuredCosts(model, cache.shape[2], cache.dtype)
+        return MeasuredCosts(model, cache.shape[2], cache.dtype, agree)
     name = torch.cuda.get_device_name(model.device).lower()
     # Of a GPU that is not known another's rates are taken: only ratios matter, and they differ little.
     gpu = next((gpu for key, gpu in GPUS.items() if key in name), GPUS["h200"])

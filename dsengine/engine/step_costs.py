@@ -57,10 +57,21 @@ class RooflineCosts:
 
 
 class MeasuredCosts:
-    """Seconds of passes tried on this machine, with straight lines between them."""
+    """Seconds of passes tried on this machine, with straight lines between them.
 
-    def __init__(self, model: DeepseekModel, cache_width: int, cache_dtype: torch.dtype) -> None:
+    Args:
+        agree: makes of a measured time the one that all ranks go by.
+    """
+
+    def __init__(
+        self,
+        model: DeepseekModel,
+        cache_width: int,
+        cache_dtype: torch.dtype,
+        agree: Callable[[float], float] = lambda seconds: seconds,
+    ) -> None:
         self._model = model
+        self._agree = agree
         self._row = (cache_width, cache_dtype)
         self._main = self._measure(self._run_main)
         self._draft = self._measure(self._run_draft) if model.nextn is not None else [(1, 0.0)]
@@ -101,7 +112,7 @@ class MeasuredCosts:
         run(text, tokens, cache)
         start = time.perf_counter()
         run(text, tokens, cache)
-        return time.perf_counter() - start
+        return self._agree(time.perf_counter() - start)
 
     def _run_main(self, text: list[int], tokens: int, cache: Tensor) -> None:
         model = self._model

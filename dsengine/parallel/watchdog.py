@@ -12,6 +12,7 @@ import contextlib
 import logging
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 
 from dsengine.parallel.launch import RankProcesses
@@ -22,6 +23,7 @@ _LOOKS_EVERY = 0.1
 # A rank whose neighbour died mostly finds out by itself, and then knows better what it was doing.
 _GRACE = 1.0
 _LAST_GRACE = 5.0
+_COLLECTIVES = "dsengine.parallel.collectives"
 
 
 class RanksFailedError(RuntimeError):
@@ -45,6 +47,7 @@ class Watchdog:
         self._what = ""
         self._since: float | None = None
         self._report: str | None = None
+        self._has_failed = False
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._look_on, daemon=True, name="watchdog")
         self._thread.start()
@@ -68,22 +71,26 @@ class Watchdog:
         finally:
             self._since = None
 
-    def now_at(self, what: str) -> None:
-        """Say more precisely what the work is at."""
-        self._what = what
+    @property
+    def has_failed(self) -> bool:
+        """A piece of work did not come to its end."""
+        return self._has_failed
 
     def stop(self) -> None:
         """From now on the other ranks may end."""
         self._stop.set()
 
     def _explain(self, error: Exception) -> str:
+        self._has_failed = True
+        self._stop.set()
+        place = _place_of(error)
         if self._report is not None:
-            return self._report
+            return self._report + place
         # The kernel may tell of the death of a neighbour's connection before it tells of the neighbour's.
         deadline = time.monotonic() + _GRACE
-        while not (troubles := self._troubles()) and time.monotonic() < deadline and not isinstance(error, ValueError):
+        while not (troubles := self._troubles()) and time.monotonic() < deadline:
             time.sleep(0.02)
-        return self._text(troubles or [f"rank {self._rank}: {type(error).__name__}: {error}"])
+        return self._text(troubles or [f"rank {self._rank}: {type(error).__name__}: {error}"]) + place
 
     def _troubles(self) -> list[str]:
         return self._processes.describe() if self._processes is not None else []
@@ -110,3 +117,11 @@ class Watchdog:
             self._processes.close()
         if not self._stop.wait(_LAST_GRACE):
             self._end(self._report)
+
+
+def _place_of(error: Exception) -> str:
+    """The collective that an error came out of, and what was noted on its way up (the layer)."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    collectives = [frame.f_code.co_name for frame in frames if frame.f_globals.get("__name__") == _COLLECTIVES]
+    places = [*collectives[:1], *getattr(error, "__notes__", ())]
+    return f" ({', '.join(places)})" if places else ""

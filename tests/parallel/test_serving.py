@@ -26,6 +26,9 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "EP2": {"tp_size": 2, "ep_size": 2},
     "TP4": {"tp_size": 4},
     "EP4": {"tp_size": 4, "ep_size": 4},
+    "DP2": {"tp_size": 2, "attn_dp_size": 2},
+    "DP2 EP2": {"tp_size": 2, "attn_dp_size": 2, "ep_size": 2},
+    "DP2 TP2": {"tp_size": 4, "attn_dp_size": 2},
 }
 
 
@@ -77,7 +80,8 @@ def expected() -> list[list[RequestOutput]]:
 
 
 @pytest.mark.parametrize(
-    "layout", ["TP2", *(pytest.param(name, marks=pytest.mark.slow) for name in LAYOUTS if name != "TP2")]
+    "layout",
+    ["TP2", "DP2", *(pytest.param(name, marks=pytest.mark.slow) for name in LAYOUTS if name not in ("TP2", "DP2"))],
 )
 def test_ranks_answer_as_one_process_does(layout: str, expected: list[list[RequestOutput]]) -> None:
     with LLM(**OPTIONS, **LAYOUTS[layout]) as llm:
