@@ -26,6 +26,7 @@ from dsengine.parallel.exchange import (
     sum_over_group,
     token_shares,
 )
+from dsengine.parallel.expert_places import ExpertPlaces
 from dsengine.parallel.layout import Layout
 
 # Tokens up to which the shared experts run beside the routed ones: with more, either fills a GPU by itself.
@@ -108,6 +109,7 @@ class MixtureOfExperts:
                 slots, kernels, f"{prefix}shared_experts.", config.hidden_size, config.shared_intermediate_size
             )
         self._exchange = _exchange_of(slots.layout, self.w_down.shape[0])
+        self.places = _places_of(slots, config.n_routed_experts, self._exchange)
         self._rows = TokenRows(
             config.hidden_size, config.num_experts_per_tok, slots.dtype, takes_fp8=self._experts_take_fp8
         )
@@ -139,6 +141,12 @@ class MixtureOfExperts:
             slots.add(gate, Slot(self.w_gate_up[e, :inter], gate_scale, rows))
             slots.add(up, Slot(self.w_gate_up[e, inter:], up_scale, rows))
             slots.add(down, Slot(self.w_down[e], None if down_scale is None else down_scale[e], columns))
+
+    @property
+    def expert_weights(self) -> list[Tensor]:
+        """What routed experts are made of, [places here, ...] each."""
+        parts = (self.w_gate_up, self.w_down, self.w_gate_up_scale, self.w_down_scale)
+        return [part for part in parts if part is not None]
 
     @property
     def takes_fp8(self) -> bool:
@@ -188,7 +196,8 @@ class MixtureOfExperts:
 
     def _route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(weights float32 [T, K]; the places of the experts, counted over all ranks, int64 [T, K])."""
-        return self.router(x)
+        weights, expert_ids = self.router(x)
+        return weights, expert_ids if self.places is None else self.places(expert_ids)
 
     def _compute(self, tokens: RoutedTokens, dtype: torch.dtype) -> Tensor:
         """[n, hidden_size] of `dtype`: what the experts here add up to."""
@@ -215,6 +224,16 @@ def _exchange_of(layout: Layout, places_per_rank: int) -> TokenExchange | None:
     if layout.moe_exchange == "all_to_all" and not layout.is_single:
         return AllToAllExchange(layout.world, places_per_rank)
     return GatherExchange(layout.world) if layout.dp_size > 1 else None
+
+
+def _places_of(slots: WeightSlots, num_experts: int, exchange: TokenExchange | None) -> ExpertPlaces | None:
+    layout = slots.layout
+    if not (layout.redundant_experts or layout.balances_experts):
+        return None
+    assert layout.experts_whole, "parts of experts do not move"
+    copies = min(layout.world.size, 1 + layout.redundant_experts)
+    turn = 0 if exchange is None else layout.world.rank
+    return ExpertPlaces(num_experts, layout.expert_placement(num_experts), copies, turn, slots.device)
 
 
 def _rows_of(x: Activation, rows: slice) -> Activation:

@@ -57,10 +57,15 @@ class World:
         return self.size // self.attention.size
 
     def layout(
-        self, *, experts_whole: bool, moe_exchange: MoeExchange = "gather", redundant_experts: int = 0
+        self,
+        *,
+        experts_whole: bool,
+        moe_exchange: MoeExchange = "gather",
+        redundant_experts: int = 0,
+        balances_experts: bool = False,
     ) -> Layout:
         """How a model is spread over these ranks."""
-        return Layout(self.everyone, self.attention, experts_whole, moe_exchange, redundant_experts)
+        return Layout(self.everyone, self.attention, experts_whole, moe_exchange, redundant_experts, balances_experts)
 
     def broadcast_bytes(self, data: bytes | None, src: int = 0) -> bytes:
         """See `ControlGroup.broadcast_bytes`."""

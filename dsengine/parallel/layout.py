@@ -27,6 +27,7 @@ class Layout:
         moe_exchange: how tokens come to routed experts on other ranks: "gather" brings all to all, "all_to_all" each to
             where its experts are (experts must be whole).
         redundant_experts: further copies of experts that the world holds, so that busy ones lie on several ranks.
+        balances_experts: tokens are counted by expert, and experts may move (they must be whole).
     """
 
     world: Group = field(default_factory=SingleProcess)
@@ -34,6 +35,7 @@ class Layout:
     experts_whole: bool = False
     moe_exchange: MoeExchange = "gather"
     redundant_experts: int = 0
+    balances_experts: bool = False
 
     @property
     def is_single(self) -> bool:
@@ -57,12 +59,15 @@ class Layout:
         """This rank's channels of every routed expert."""
         return slice(0, extent) if self.experts_whole else _part(self.world, extent)
 
+    def expert_placement(self, count: int) -> list[int]:
+        """The expert, of `count`, in each place of the world before any has moved: the copies are of the first."""
+        return [place % count for place in range(count + self.redundant_experts)]
+
     def expert_ids(self, count: int) -> list[int]:
-        """The routed experts, of `count`, in this rank's places before any has moved: the copies are of the first."""
+        """The routed experts, of `count`, in this rank's places before any has moved."""
         if not self.experts_whole:
             return list(range(count))
-        places = _part(self.world, count + self.redundant_experts)
-        return [place % count for place in range(places.start, places.stop)]
+        return self.expert_placement(count)[_part(self.world, count + self.redundant_experts)]
 
     def padded_part(self, extent: int) -> tuple[slice, int]:
         """(this rank's part, width of every rank's part with its padding) of a dimension of any extent, cut over the

@@ -1,7 +1,8 @@
 """One of four ranks of models with attention groups, started by test_dp_attention.py; writes what its group answers.
 
 Usage: dp_worker.py RANK FOLDER, where FOLDER holds cases.json: [{name, checkpoint, options, size, attn_dp_size, layout,
-schedules}]. A case of two ranks runs on ranks 0 and 1, and once more on ranks 2 and 3.
+schedules}]. A case of two ranks runs on ranks 0 and 1, and once more on 2 and 3. Where experts are balanced, those
+of one layer move after each schedule.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from dp_steps import GroupRun
 from safetensors.torch import save_file
 from tiny_checkpoints import CPU, load_tiny
 
+from dsengine.model.rebalance import ExpertBalancer
 from dsengine.parallel.collectives import Group, SingleProcess
 from dsengine.parallel.groups import attention_group, join_world
 from dsengine.parallel.layout import Layout
@@ -34,19 +36,25 @@ def main(rank: int, folder: Path) -> None:
     groups: dict[tuple[int, int], Group] = {(size, size): SingleProcess() for size in (2, 4)}
     groups |= {(size, 1): everyone[size] for size in (2, 4)}
     groups[4, 2] = pair
-    results, traffic = {}, {}
+    results, told = {}, {}
     for case in json.loads((folder / "cases.json").read_text()):
         size, attn_dp_size = case["size"], case["attn_dp_size"]
         layout = Layout(everyone[size], groups[size, attn_dp_size], **case["layout"])
         model = load_tiny(Path(case["checkpoint"]), layout=layout, **case["options"])
         before = layout.world.traffic.copy()
+        balancer = ExpertBalancer(model, layout, threshold=1.0) if layout.balances_experts else None
+        moved = 0
         for number, schedule in enumerate(case["schedules"]):
             run = GroupRun(model, layout.dp_rank, attn_dp_size)
             for key, value in run.answers(schedule).items():
                 results[f"{case['name']}/{number}/{key}"] = value.contiguous()
-        traffic[case["name"]] = asdict(layout.world.traffic.since(before))
+            if balancer is not None:
+                if not balancer.is_moving:
+                    balancer.begin()
+                moved += balancer.advance()
+        told[case["name"]] = {"traffic": asdict(layout.world.traffic.since(before)), "moved": moved}
     save_file(results, folder / f"rank{rank}.safetensors")
-    (folder / f"rank{rank}.json").write_text(json.dumps(traffic))
+    (folder / f"rank{rank}.json").write_text(json.dumps(told))
     world.close()
 
 

@@ -45,6 +45,7 @@ MIXES: Schedule = [
 TP = {"experts_whole": False}
 EP = {"experts_whole": True}
 SENT = {"experts_whole": True, "moe_exchange": "all_to_all"}
+MOVING = {"redundant_experts": 4, "balances_experts": True}
 
 
 def random_schedules(count: int) -> list[Schedule]:
@@ -66,8 +67,9 @@ def case(
     checkpoint: str, size: int, attn_dp_size: int, layout: dict[str, Any], schedules: list[Schedule]
 ) -> dict[str, Any]:
     way = layout.get("moe_exchange", "gather") + (" whole experts" if layout["experts_whole"] else " cut experts")
+    moving = " that move" if layout.get("balances_experts") else ""
     return {
-        "name": f"{checkpoint} on {size} ranks in {attn_dp_size} groups, {way}",
+        "name": f"{Path(checkpoint).name} on {size} ranks in {attn_dp_size} groups, {way}{moving}",
         "checkpoint": checkpoint,
         "options": {},
         "size": size,
@@ -77,8 +79,8 @@ def case(
     }
 
 
-def run_ranks(folder: Path, cases: list[dict[str, Any]]) -> list[dict[str, torch.Tensor]]:
-    """What each rank wrote; no rank outlives this call."""
+def run_ranks(folder: Path, cases: list[dict[str, Any]]) -> tuple[list[dict[str, torch.Tensor]], list[dict[str, Any]]]:
+    """What each rank answered, and told of each case; no rank outlives this call."""
     folder.mkdir()
     (folder / "cases.json").write_text(json.dumps(cases))
     paths = [str(ROOT), str(HERE), str(ROOT / "tests" / "model")]
@@ -95,7 +97,8 @@ def run_ranks(folder: Path, cases: list[dict[str, Any]]) -> list[dict[str, torch
             rank.kill()
             rank.wait()
     assert all(rank.returncode == 0 for rank in ranks), "\n".join(errors)
-    return [load_file(folder / f"rank{rank}.safetensors") for rank in range(RANKS)]
+    answers = [load_file(folder / f"rank{rank}.safetensors") for rank in range(RANKS)]
+    return answers, [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(RANKS)]
 
 
 def check(case: dict[str, Any], found: list[dict[str, torch.Tensor]]) -> None:
@@ -130,6 +133,9 @@ def test_groups_answer_as_the_whole_model(tmp_path: Path) -> None:
         case(v3, 2, 2, SENT, [MIXES]),
         case(v3, 2, 2, TP, [MIXES]),
         case(v3, 2, 1, SENT, [MIXES]),
+        case(v3, 4, 4, SENT | MOVING, [MIXES] * 5),
+        case(v3, 4, 2, EP | MOVING, [MIXES] * 5),
+        case(v3, 4, 1, EP | MOVING, [MIXES] * 5),
         case(lite, 4, 2, EP, [MIXES]),
         case(lite, 4, 4, SENT, even),
         case(lite, 4, 4, EP, even),
@@ -137,9 +143,13 @@ def test_groups_answer_as_the_whole_model(tmp_path: Path) -> None:
         case(str(DEMO), 4, 4, SENT, [MIXES]),
         case(str(DEMO), 4, 4, EP, [MIXES]),
     ]
-    found = run_ranks(tmp_path / "world", cases)
+    found, told = run_ranks(tmp_path / "world", cases)
     for one in cases:
         check(one, found)
+        if one["layout"].get("balances_experts"):
+            moved = [rank[one["name"]]["moved"] for rank in told]
+            assert len(set(moved)) == 1
+            assert moved[0] > 0, f"{one['name']}: nothing moved"
 
 
 @pytest.mark.parametrize("tokens", [(0, 0), (1, 0), (5, 8), (3, 3), (40, 1)])

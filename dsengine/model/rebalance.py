@@ -1,0 +1,102 @@
+"""Moves routed experts between ranks while the model serves, so that all ranks have about the same to do.
+
+Every rank counts the tokens that it sends to each expert. Now and then the counts are added up, and then, layer by
+layer and between steps, the experts of a layer travel straight from rank to rank to where they should lie. A layer
+answers the same before and after its move but for the order in which a token's experts are summed.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dsengine.model.deepseek import DeepseekModel
+from dsengine.model.moe import MixtureOfExperts
+from dsengine.parallel.collectives import Group
+from dsengine.parallel.eplb import Move, imbalance, keep_places, place_experts, plan_moves
+from dsengine.parallel.expert_places import ExpertPlaces
+from dsengine.parallel.layout import Layout
+
+
+class ExpertBalancer:
+    """Of one model; every rank calls the same methods between the same steps.
+
+    Args:
+        layout: that the model was loaded with, with `balances_experts`.
+        nodes: machines with equally many ranks each.
+        threshold: a layer is left as it is while its busiest rank has less than so many times the mean to do.
+    """
+
+    def __init__(self, model: DeepseekModel, layout: Layout, *, nodes: int = 1, threshold: float = 1.05) -> None:
+        layers = [*model.layers, *([model.nextn.layer] if model.nextn is not None else [])]
+        self._world = layout.world
+        self._nodes = nodes
+        self._groups = model.config.n_group
+        self._threshold = threshold
+        self._moes: list[tuple[MixtureOfExperts, ExpertPlaces]] = []
+        for layer in layers:
+            if isinstance(layer.mlp, MixtureOfExperts):
+                assert layer.mlp.places is not None, "the layout does not balance experts"
+                self._moes.append((layer.mlp, layer.mlp.places))
+        self._loads: list[list[int]] = []
+        self._next = len(self._moes)
+
+    @property
+    def is_moving(self) -> bool:
+        """Some layers are still to be looked at since the last `begin`."""
+        return self._next < len(self._moes)
+
+    def begin(self) -> None:
+        """Take the counts since the last time as a measure, and start with the first layer."""
+        counts = torch.stack([places.loads for _, places in self._moes])
+        for _, places in self._moes:
+            places.loads.zero_()
+        self._loads = self._world.all_reduce(counts).tolist()
+        self._next = 0
+
+    def imbalances(self) -> list[float]:
+        """By layer: the load of the busiest rank over the mean, by the counts of the last `begin`."""
+        return [
+            imbalance(loads, places.placement, self._world.size)
+            for loads, (_, places) in zip(self._loads, self._moes, strict=True)
+        ]
+
+    def advance(self) -> int:
+        """Look at the next layer, and move its experts if that is worth it; returns how many moved."""
+        moe, places = self._moes[self._next]
+        loads = self._loads[self._next]
+        self._next += 1
+        ranks, old = self._world.size, places.placement
+        before = imbalance(loads, old, ranks)
+        if before < self._threshold:
+            return 0
+        wanted = place_experts(loads, ranks=ranks, places=len(old), nodes=self._nodes, groups=self._groups)
+        if imbalance(loads, wanted, ranks) >= before:
+            return 0
+        new = keep_places(old, wanted, ranks)
+        moves = plan_moves(old, new, ranks, self._nodes)
+        for weight in moe.expert_weights:
+            move_rows(self._world, weight, moves)
+        places.update(new)
+        return len(moves)
+
+
+def move_rows(world: Group, weight: Tensor, moves: list[Move]) -> None:
+    """Carry out moves on one parameter [places here, ...]; meanwhile what goes and comes takes memory too."""
+    here = len(weight)
+    sent = [0] * world.size
+    received = [0] * world.size
+    leaving: list[int] = []
+    arriving: list[int] = []
+    for move in sorted(moves, key=lambda move: (move.target // here, move.target)):
+        if move.source // here == world.rank:
+            sent[move.target // here] += 1
+            leaving.append(move.source % here)
+    for move in sorted(moves, key=lambda move: (move.source // here, move.target)):
+        if move.target // here == world.rank:
+            received[move.source // here] += 1
+            arriving.append(move.target % here)
+    rows = weight.flatten(1).view(torch.uint8)
+    assert rows.data_ptr() == weight.data_ptr(), "a parameter of experts lies in one piece"
+    moved = world.all_to_all_rows(rows[torch.tensor(leaving, dtype=torch.int64)], sent, received)
+    rows[torch.tensor(arriving, dtype=torch.int64)] = moved
