@@ -29,7 +29,17 @@ access_log = logging.getLogger("dsengine.access")
 logger = logging.getLogger(__name__)
 
 OPEN_PATHS = frozenset({"/health"})
-ADMIN_PATHS = frozenset({"/abort_request", "/pause", "/continue"})
+ADMIN_PATHS = frozenset(
+    {
+        "/abort_request",
+        "/pause",
+        "/continue",
+        "/sleep",
+        "/wake_up",
+        "/is_sleeping",
+        "/update_weights_from_disk",
+    }
+)
 _WHILE_DRAINING = frozenset({"/health", "/metrics"})
 KEY_DIGEST = "dsengine.key_digest"
 MAX_HEADERS = 100
@@ -146,6 +156,10 @@ def _check_header_size(headers: list[tuple[bytes, bytes]]) -> None:
 
 def _check_content(headers: list[tuple[bytes, bytes]], max_body_bytes: int) -> None:
     fields = dict(headers)
+    if b"content-length" in fields and b"transfer-encoding" in fields:
+        # Whoever stands before us may have believed the other one, and taken the rest for a request of its own.
+        message = "The request has both a Content-Length and a Transfer-Encoding."
+        raise ApiError(400, message, code="bad_request", headers={"Connection": "close"})
     length = fields.get(b"content-length", b"0")
     if not length.isdigit():
         raise invalid("The Content-Length header is not a number.", code="bad_request")
