@@ -219,7 +219,7 @@ class AsyncEngine:
             self.abort(request_id)
         return len(found)
 
-    async def call(self, name: CallName) -> dict[str, object]:
+    async def call(self, name: CallName, argument: str = "") -> dict[str, object]:
         """Ask the engine something outside the request path.
 
         Raises:
@@ -230,7 +230,7 @@ class AsyncEngine:
         self._next_call_id += 1
         future: asyncio.Future[dict[str, object]] = asyncio.get_running_loop().create_future()
         self._calls[self._next_call_id] = future
-        self._send(Call(self._next_call_id, name))
+        self._send(Call(self._next_call_id, name, argument))
         return await future
 
     def _check_admission(self, request_id: str) -> None:

@@ -7,6 +7,7 @@ the command line and the documentation cannot drift apart.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from dsengine.demo import CHECKPOINT_DIR
@@ -290,9 +291,16 @@ class ServerConfig:
         "Clients must send this key as a bearer token (all routes but /health). May be repeated: holders of different "
         "keys share no cached prefixes.",
     )
-    enable_admin: bool = _option(False, "Serve /abort_request, /pause and /continue, to holders of the admin key.")
+    enable_admin: bool = _option(
+        False,
+        "Serve /abort_request, /pause, /continue, /sleep, /wake_up, /is_sleeping and /update_weights_from_disk, to "
+        "holders of the admin key.",
+    )
     admin_api_key: str | None = _option(None, "Bearer token of the admin routes; --enable-admin needs one.")
     disable_web_page: bool = _option(False, "Do not serve the web page at /.")
+    weight_update_root: tuple[str, ...] = _option(
+        (), "Folder under which /update_weights_from_disk may find checkpoints; may be repeated."
+    )
     thinking: bool | None = _option(
         None, "Default of the chat template's thinking switch; default: the template's own."
     )
@@ -328,6 +336,12 @@ class ServerConfig:
         object.__setattr__(self, "api_key", (self.api_key,) if isinstance(self.api_key, str) else tuple(self.api_key))
         if "" in self.api_key:
             raise ValueError("api_key is empty; give a key that cannot be guessed, or none")
+        object.__setattr__(self, "weight_update_root", tuple(self.weight_update_root))
+        for root in self.weight_update_root:
+            if not Path(root).is_dir():
+                raise ValueError(f"weight_update_root is {root!r}; there is no such folder")
+        if self.weight_update_root and not self.enable_admin:
+            raise ValueError("weight_update_root is of no use without enable_admin")
         if self.admin_api_key in self.api_key:
             raise ValueError("admin_api_key is the same as api_key; administrators need a key of their own")
         if self.drain_timeout < 0:

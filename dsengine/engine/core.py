@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from pathlib import Path
 
 import msgspec
 import torch
@@ -23,6 +24,7 @@ from dsengine.engine.jump_forward import JumpForward
 from dsengine.engine.launch import LaunchedStep, StepLauncher
 from dsengine.engine.messages import AddRequest, EngineInfo, EngineStats, RequestUpdate, StepOutput, TokenLogprob
 from dsengine.engine.request import Request
+from dsengine.engine.residency import Residency
 from dsengine.engine.sampler import SampledToken
 from dsengine.engine.scheduler import Scheduler
 from dsengine.engine.speculation_book import SpeculationBook
@@ -64,6 +66,7 @@ class EngineCore:
         self.overlap = overlap
         self._scheduler = scheduler
         self._launcher = launcher
+        self.residency = Residency(launcher.runner, Path(info.model))
         self._under_way: LaunchedStep | None = None
         self._eos_token_ids = eos_token_ids
         self._seeds = random.Random(seed)
@@ -100,6 +103,8 @@ class EngineCore:
             ValueError: as `check_request`; or its id is in use, or its grammar has not been sent.
         """
         self.check_request(message)
+        if self.residency.level:
+            raise ValueError("the engine is asleep")
         params = message.params
         request = Request(
             request_id=message.request_id,
@@ -190,9 +195,22 @@ class EngineCore:
 
     def stats(self) -> EngineStats:
         stats = self._scheduler.stats(self._num_steps, self._book.stats() if self._book is not None else None)
+        stats = msgspec.structs.replace(stats, sleep_level=self.residency.level)
         return (
             stats if self._jumps is None else msgspec.structs.replace(stats, num_jumped_tokens=self._jumps.num_tokens)
         )
+
+    def come_to_rest(self) -> None:
+        """Enter what is under way and forget all cached prefixes, before the weights or the cache go.
+
+        Raises:
+            ValueError: there are requests.
+        """
+        if self.has_work:
+            raise ValueError("requests are running or waiting")
+        self._settle(self._under_way)
+        self._under_way = None
+        self._scheduler.flush_cache()
 
     def flush_cache(self) -> bool:
         """Forget all cached prefixes; refused (False) while requests are running."""

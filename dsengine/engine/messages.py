@@ -13,7 +13,9 @@ from dsengine.engine.memory_ledger import MemoryLedger
 from dsengine.engine.sampling_params import SamplingParams
 
 FinishReason = Literal["stop", "length", "abort", "error"]
-CallName = Literal["flush_cache", "stats", "info", "check_integrity", "pause", "continue"]
+CallName = Literal[
+    "flush_cache", "stats", "info", "check_integrity", "pause", "continue", "sleep", "wake_up", "update_weights"
+]
 
 
 # Errors of requests that the front end tells apart.
@@ -75,10 +77,15 @@ class DropGrammar(msgspec.Struct, frozen=True, tag="drop_grammar"):
 
 
 class Call(msgspec.Struct, frozen=True, tag="call"):
-    """A question to the engine outside the request path; answered by one `Reply` with the same id."""
+    """A question to the engine outside the request path; answered by one `Reply` with the same id.
+
+    Attributes:
+        argument: of "sleep" the level, of "update_weights" the checkpoint's folder.
+    """
 
     call_id: int
     name: CallName
+    argument: str = ""
 
 
 class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
@@ -167,6 +174,7 @@ class EngineStats(msgspec.Struct, frozen=True, tag="stats"):
     num_preemptions: int = 0
     num_steps: int = 0
     num_jumped_tokens: int = 0
+    sleep_level: int = 0
     speculation: SpeculationStats | None = None
     groups: tuple[EngineStats, ...] = ()
 

@@ -101,7 +101,7 @@ class EngineLoop:
             case DropGrammar():
                 self._core.grammars.drop(message.key)
             case Call():
-                self.send(Reply(message.call_id, self._answer(message.name)))
+                self.send(Reply(message.call_id, self._answer(message)))
             case Shutdown():
                 self._running = False
 
@@ -112,7 +112,10 @@ class EngineLoop:
             update = RequestUpdate(message.request_id, finish_reason="error", error=str(error), rejected=True)
             self.send(StepOutput([update], self._core.stats()))
 
-    def _answer(self, name: str) -> dict[str, object]:
+    def _answer(self, call: Call) -> dict[str, object]:
+        name = call.name
+        if name in ("sleep", "wake_up", "update_weights"):
+            return self._maintain(call)
         if name in ("pause", "continue"):
             self._paused = name == "pause"
             return {"paused": self._paused}
@@ -124,6 +127,24 @@ class EngineLoop:
         if name == "info":
             return msgspec.to_builtins(self._core.info)  # type: ignore[no-any-return]
         return msgspec.to_builtins(self._core.stats())  # type: ignore[no-any-return]
+
+    def _maintain(self, call: Call) -> dict[str, object]:
+        if isinstance(self._core, LeadingCore):
+            return {"error": "this is not there where several ranks run the model"}
+        try:
+            self._core.come_to_rest()
+            match call.name:
+                case "sleep":
+                    self._core.residency.sleep(int(call.argument))
+                case "wake_up":
+                    self._core.residency.wake_up()
+                case "update_weights":
+                    self._core.residency.update(Path(call.argument))
+        except ValueError as error:
+            return {"error": str(error)}
+        # Tells the front end whether requests can run.
+        self.send(StepOutput([], self._core.stats()))
+        return {"sleep_level": self._core.residency.level}
 
 
 def main() -> int:

@@ -30,6 +30,7 @@ class DeepseekModel:
     def __init__(self, slots: WeightSlots, kernels: Kernels, config: ModelConfig, with_nextn: bool) -> None:
         hidden = config.hidden_size
         self.config = config
+        self.slots = slots
         self._kernels = kernels
         self.device = slots.device
         self.dtype = slots.dtype

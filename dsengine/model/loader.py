@@ -7,6 +7,7 @@ the pages of one shard.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Literal
@@ -96,6 +97,31 @@ def load_model(
     return model
 
 
+def prepare_refill(model: DeepseekModel, path: Path) -> Callable[[], None]:
+    """Prove that another checkpoint can take the place of a model's weights; what is returned then fills them.
+
+    Raises:
+        ValueError: it is of another architecture, shape or type, or not in order. The model is as it was.
+    """
+    config = ModelConfig.from_hub(path)
+    for field in dataclasses.fields(config):
+        new, old = getattr(config, field.name), getattr(model.config, field.name)
+        if new != old:
+            raise ValueError(f"{field.name} of the new weights is {new}; the model that is loaded has {old}")
+    used, _, with_nextn = _checked_tensors(path, config)
+    if with_nextn != (model.nextn is not None):
+        has, needs = ("a", "none") if with_nextn else ("no", "one")
+        raise ValueError(f"the new weights have {has} NextN layer; the model that is loaded has {needs}")
+    slots = model.slots
+    for name, slot in slots.by_name.items():
+        if slot.scale is not None and used[name].dtype != FP8_DTYPE:
+            raise ValueError(f"{name} of the new weights is {used[name].dtype}; the model that is loaded holds FP8")
+    used = {name: tensor for name, tensor in used.items() if name.removesuffix(SCALE_SUFFIX) in slots.by_name}
+    filling = _Filling(slots, used, slots.activations.scale_fmt == "ue8m0", None)
+    filling.check_scales()
+    return filling.run
+
+
 def checked_tensors(path: Path, config: ModelConfig) -> dict[str, StoredTensor]:
     """The tensors that `load_model` would read, by name, proven to be what the config says.
 
@@ -162,6 +188,18 @@ class _Filling:
         for file, tensors in by_file.items():
             self._read(file, (t for t in tensors if not t.name.endswith(SCALE_SUFFIX)), self._fill_weight)
         assert not self._unfilled, f"never filled: {sorted(self._unfilled)[:10]}"
+
+    def check_scales(self) -> None:
+        """Read all scales of FP8 weights, before anything is written.
+
+        Raises:
+            CheckpointError: one cannot be meant.
+        """
+        powers = self._scales_are_powers_of_two
+        for tensor in self._stored.values():
+            if tensor.name.endswith(SCALE_SUFFIX):
+                with safe_open(tensor.file, framework="pt", device="cpu") as data:
+                    check_scale(tensor, data.get_tensor(tensor.name), powers_of_two=powers)
 
     def _read(self, file: Path, tensors: Iterable[StoredTensor], fill: Callable[[StoredTensor, Tensor], None]) -> None:
         with safe_open(file, framework="pt", device="cpu") as data:

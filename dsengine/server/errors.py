@@ -122,6 +122,15 @@ def request_aborted() -> ApiError:
     return ApiError(503, "The request was ended by an administrator of the server.", code="request_aborted")
 
 
+def under_maintenance() -> ApiError:
+    message = "The server is being maintained; please try again later."
+    return ApiError(503, message, code="under_maintenance", retry_after=5)
+
+
+def asleep() -> ApiError:
+    return ApiError(503, "The model is asleep; an administrator can wake it.", code="model_asleep", retry_after=30)
+
+
 def internal_error() -> ApiError:
     return ApiError(500, "The server met an internal error.", code="internal_error")
 

@@ -31,6 +31,10 @@ ROUTES = (
     "/abort_request",
     "/pause",
     "/continue",
+    "/sleep",
+    "/wake_up",
+    "/is_sleeping",
+    "/update_weights_from_disk",
 )
 STATUSES = ("2xx", "4xx", "5xx", "disconnected")
 

@@ -227,21 +227,27 @@ class Service:
 
     async def run(self, jobs: Sequence[Job]) -> AsyncGenerator[Delta, None]:
         """Deltas of the jobs, ended early by a shutdown; see `Generation`."""
+        if self.lifecycle.refusal is not None:
+            raise self.lifecycle.refusal
+        if self.engine.stats.sleep_level:
+            raise errors.asleep()
         generation = Generation(self.engine, jobs, self.metrics, self._record)
         with self.lifecycle.generation(generation):
             async with contextlib.aclosing(generation.deltas()) as deltas:
                 async for delta in deltas:
                     yield delta
 
-    async def call_engine(self, name: CallName) -> dict[str, object]:
+    async def call_engine(
+        self, name: CallName, argument: str = "", *, seconds: float | None = _CALL_SECONDS
+    ) -> dict[str, object]:
         """Ask the engine something outside the request path.
 
         Raises:
-            ApiError: it does not answer.
+            ApiError: it does not answer (within so many seconds).
         """
         try:
-            async with asyncio.timeout(_CALL_SECONDS):
-                return await self.engine.call(name)
+            async with asyncio.timeout(seconds):
+                return await self.engine.call(name, argument)
         except (EngineDeadError, TimeoutError) as error:
             raise errors.engine_unavailable() from error
 

@@ -38,6 +38,7 @@ class ScriptedEngine:
         self, tokenizer: Tokenizer, script: str | Script = "Hello there.", *, tokens_per_update: int = 1
     ) -> None:
         self.tokenizer = tokenizer
+        self.checkpoint = CHECKPOINT_DIR
         self.config = EngineConfig(model=MODEL, max_running_requests=64, max_queued_requests=64)
         self.info = EngineInfo(
             model=MODEL,
@@ -118,7 +119,7 @@ class ScriptedEngine:
             for number, group in enumerate(groups)
         ]
 
-    async def call(self, name: str) -> dict[str, object]:
+    async def call(self, name: str, argument: str = "") -> dict[str, object]:
         if not self.is_alive:
             raise EngineDeadError("dead")
         return {"flushed": True} if name == "flush_cache" else {"num_blocks_in_use": 0}

@@ -17,7 +17,7 @@ from test_answers import tokenizer
 
 from dsengine.config import ServerConfig
 
-PATHS = ("/abort_request", "/pause", "/continue")
+PATHS = ("/abort_request", "/pause", "/continue", "/sleep", "/wake_up", "/update_weights_from_disk")
 ADMIN = {"Authorization": "Bearer boss"}
 
 

@@ -1,0 +1,155 @@
+"""Sleep, waking and other weights, on a real server: nobody is harmed, and afterwards the answers are as they should be."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from safetensors.torch import load_file, save_file
+from server_process import DEMO_MODEL, ServerProcess, running_server, wait_until
+
+from dsengine.demo import CHECKPOINT_DIR
+
+ADMIN = {"Authorization": "Bearer boss"}
+ASK: dict[str, Any] = {"model": DEMO_MODEL, "prompt": "347 + 285 = ", "max_tokens": 24, "temperature": 0, "logprobs": 1}
+LONG: dict[str, Any] = ASK | {"max_tokens": 6000, "ignore_eos": True, "logprobs": None}
+
+
+def copy_of_demo(folder: Path) -> Path:
+    ignored = shutil.ignore_patterns("*.sha256.json", "README.md")
+    return Path(shutil.copytree(CHECKPOINT_DIR, folder, ignore=ignored))
+
+
+def edit(folder: Path, name: str, change: Any) -> None:
+    """Changes one tensor of a checkpoint."""
+    for file in folder.glob("*.safetensors"):
+        tensors = load_file(file)
+        if name in tensors:
+            tensors[name] = change(tensors[name])
+            save_file(tensors, file, metadata={"format": "pt"})
+            return
+    raise AssertionError(f"no tensor {name}")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    base = tmp_path_factory.mktemp("checkpoints")
+    (base / "allowed").mkdir()
+    root = base / "allowed"
+    copy_of_demo(root / "same")
+    edit(copy_of_demo(root / "other"), "model.norm.weight", lambda weight: weight.flip(0))
+    edit(copy_of_demo(root / "broken"), "model.norm.weight", lambda weight: weight[:-1].clone())
+    scale = "model.layers.0.self_attn.o_proj.weight_scale_inv"
+    edit(copy_of_demo(root / "nan"), scale, lambda weight: weight * float("nan"))
+    config = (copy_of_demo(root / "deeper") / "config.json").read_text()
+    assert '"rope_theta"' in config
+    (root / "deeper" / "config.json").write_text(config.replace('"rope_theta": ', '"rope_theta": 1'))
+    (copy_of_demo(root / "words") / "tokenizer.json").write_text("{}")
+    copy_of_demo(base / "elsewhere")
+    (root / "link").symlink_to(base / "elsewhere")
+    return root
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Iterator[ServerProcess]:
+    flags = ("--max-total-tokens", "65536", "--enable-admin", "--admin-api-key", "boss", "--drain-timeout", "3")
+    with running_server(
+        tmp_path_factory.mktemp("server"), *flags, "--weight-update-root", str(root), "--self-test", "off"
+    ) as process:
+        yield process
+
+
+def admin(server: ServerProcess, path: str, method: str = "POST", **body: Any) -> httpx.Response:
+    content: dict[str, Any] = {"json": body} if method == "POST" else {}
+    return httpx.request(method, server.url + path, headers=ADMIN, timeout=60, **content)
+
+
+def ask(server: ServerProcess) -> tuple[str, list[float]]:
+    answer = httpx.post(server.url + "/v1/completions", json=ASK, timeout=60)
+    assert answer.status_code == 200, answer.text
+    choice = answer.json()["choices"][0]
+    return choice["text"], choice["logprobs"]["token_logprobs"]
+
+
+def resident_bytes(server: ServerProcess) -> int:
+    return int(Path(f"/proc/{server.engine_pid()}/statm").read_text().split()[1]) * 4096
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_asleep_nothing_runs_and_awake_all_is_as_before(server: ServerProcess, level: int) -> None:
+    expected, before = ask(server), resident_bytes(server)
+    assert admin(server, "/sleep", level=level).json() == {"is_sleeping": True, "level": level}
+    assert admin(server, "/is_sleeping", "GET").json() == {"is_sleeping": True, "level": level}
+    for path, body in (("completions", ASK), ("chat/completions", {"messages": [{"role": "user", "content": "x"}]})):
+        refused = httpx.post(f"{server.url}/v1/{path}", json={"model": DEMO_MODEL} | body, timeout=10)
+        assert refused.status_code == 503 and refused.headers["retry-after"] and "asleep" in refused.text
+    assert server.health() == 200
+    freed = before - resident_bytes(server)
+    assert freed > (30_000_000 if level == 1 else 60_000_000), "its cache holds 64k tokens, its weights 13 million"
+    again = admin(server, "/sleep", level=level)
+    assert again.status_code == 400 and "asleep already" in again.text
+    assert admin(server, "/wake_up").json() == {"is_sleeping": False, "level": 0}
+    assert ask(server) == expected
+    assert admin(server, "/wake_up").status_code == 200 and ask(server) == expected
+
+
+def test_other_weights_are_taken_and_given_back(server: ServerProcess, root: Path) -> None:
+    expected = ask(server)
+    assert admin(server, "/update_weights_from_disk", model_path="other").json()["success"]
+    changed = ask(server)
+    assert changed != expected
+    admin(server, "/sleep", level=2)
+    admin(server, "/wake_up")
+    assert ask(server) == changed, "whoever wakes has the weights with which it fell asleep"
+    assert admin(server, "/update_weights_from_disk", model_path=str(root / "same")).status_code == 200
+    assert ask(server) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("broken", "model.norm.weight"),
+        ("nan", "finite"),
+        ("deeper", "rope_theta"),
+        ("words", "tokenizer"),
+        ("nowhere", "no checkpoint folder"),
+        ("../elsewhere", "no checkpoint folder"),
+        ("link", "no checkpoint folder"),
+        (str(CHECKPOINT_DIR), "no checkpoint folder"),
+        ("/etc", "no checkpoint folder"),
+        ("same\x00", "no checkpoint folder"),
+    ],
+)
+def test_weights_that_do_not_fit_change_nothing(server: ServerProcess, name: str, message: str) -> None:
+    expected = ask(server)
+    refused = admin(server, "/update_weights_from_disk", model_path=name)
+    assert refused.status_code == 400 and message in refused.text, refused.text
+    assert ask(server) == expected
+
+
+def test_running_requests_are_waited_for_or_ended(server: ServerProcess) -> None:
+    statuses: list[int] = []
+
+    def run() -> None:
+        statuses.append(httpx.post(server.url + "/v1/completions", json=LONG, timeout=60).status_code)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    wait_until(lambda: server.stats()["num_running"] == 1, 10.0)
+    busy = admin(server, "/sleep", level=1)
+    assert busy.status_code == 409 and "abort_all_requests" in busy.text
+    assert server.stats()["num_running"] == 1 and admin(server, "/is_sleeping", "GET").json()["level"] == 0
+    started = time.monotonic()
+    assert admin(server, "/sleep", level=1, abort_all_requests=True).status_code == 200
+    assert time.monotonic() - started < 3
+    thread.join(10)
+    assert statuses == [503]
+    assert admin(server, "/wake_up").status_code == 200
+    ask(server)
+    wait_until(server.is_idle, 5.0)
