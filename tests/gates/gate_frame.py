@@ -37,6 +37,11 @@ class Scale:
         """A number of cases."""
         return quick if self.quick else full
 
+    @property
+    def slack(self) -> float:
+        """What limits of time are multiplied with: the quick share runs on machines that do other work as well."""
+        return 10.0 if self.quick else 1.0
+
 
 @dataclass(frozen=True)
 class Outcome:
