@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,7 +125,10 @@ def read_checkpoint(folder: Path) -> dict[str, StoredTensor]:
 
 
 def _read_index(file: Path, problems: list[str]) -> dict[str, str] | None:
-    if not file.exists():
+    if not os.path.lexists(file):
+        return None
+    if not is_regular(file):
+        problems.append(f"{file.name}: expected a file, found {_kind(file)}")
         return None
     try:
         weight_map = json.loads(file.read_bytes(), object_pairs_hook=unique_keys)["weight_map"]
@@ -134,6 +138,8 @@ def _read_index(file: Path, problems: list[str]) -> dict[str, str] | None:
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         problems.append(f"{file.name}: weight_map must map tensor names to file names")
         return None
+    if not weight_map:
+        problems.append(f"{file.name}: weight_map is empty")
     return weight_map
 
 
@@ -147,10 +153,11 @@ def _shards(folder: Path, weight_map: dict[str, str] | None, problems: list[str]
     for name in sorted(set(weight_map.values())):
         file = folder / name
         if Path(name).name != name:  # an index is data from outside: it must not lead out of the folder
-            problems.append(f"{INDEX_FILE}: shard {name!r} is not a plain file name")
-        elif not file.is_file():
+            problems.append(f"{INDEX_FILE}: shard {_short(name)!r} is not a plain file name")
+        elif not is_regular(file):
             count = sum(shard == name for shard in weight_map.values())
-            problems.append(f"{INDEX_FILE}: names shard {name!r} with {count} tensors, but that file does not exist")
+            what = "that file does not exist" if not _lexists(file) else f"found {_kind(file)} in its place"
+            problems.append(f"{INDEX_FILE}: names shard {_short(name)!r} with {count} tensors, but {what}")
         else:
             files.append(file)
     return files
@@ -160,6 +167,9 @@ def _no_safetensors(folder: Path) -> str:
     others = sorted(f.name for ending in ("*.bin", "*.pt", "*.pth", "*.gguf") for f in folder.glob(ending))
     if others:
         return f"{others[0]}: expected *.safetensors; .bin, .pt and .gguf files are refused (a pickle can run code)"
+    partial = sorted(f.name for f in folder.glob("*.incomplete"))
+    if partial:
+        return f"{partial[0]}: expected *.safetensors; a download or a conversion has not ended"
     return "expected *.safetensors files, found none"
 
 
@@ -184,6 +194,8 @@ def read_header(file: Path) -> list[StoredTensor]:
     Raises:
         CheckpointError: the file is truncated, a git-LFS pointer, or its header is not a consistent one.
     """
+    if not is_regular(file):  # opening a named pipe would wait for ever
+        raise CheckpointError(f"{file.name}: expected a file, found {_kind(file)}")
     size = file.stat().st_size
     with file.open("rb") as stream:
         start = stream.read(len(_LFS_POINTER))
@@ -211,7 +223,33 @@ def read_header(file: Path) -> list[StoredTensor]:
     return [tensor for _, tensor in spans]
 
 
+def is_regular(file: Path) -> bool:
+    """Whether there is a file, or a link to one; no folder, pipe, device or dead link, nor a name that no file has."""
+    try:
+        return file.is_file()
+    except OSError:
+        return False
+
+
+def _lexists(file: Path) -> bool:
+    try:
+        return os.path.lexists(file)
+    except ValueError:  # a NUL in the name
+        return False
+
+
+def _kind(file: Path) -> str:
+    if file.is_symlink() and not os.path.exists(file):
+        return "a link that leads nowhere"
+    return "a folder" if file.is_dir() else "a pipe or a device"
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 200 else f"{name[:200]}…"
+
+
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Hook for `json.loads`: an object, unless a key stands in it twice, of which readers take one or the other."""
     found = dict(pairs)
     if len(found) != len(pairs):
         seen: set[str] = set()
@@ -262,8 +300,11 @@ def _check_layout(file: Path, spans: list[tuple[int, StoredTensor]], data_bytes:
     for begin, tensor in sorted(spans, key=lambda span: (span[0], span[1].num_bytes)):
         if begin != end:
             kind = "overlaps" if begin < end else "leaves a hole after"
+            outside = [t.name for first, t in spans if first + t.num_bytes > data_bytes]
+            beyond = f"; tensor {outside[0]!r} would lie beyond the end of the file" if outside else ""
             raise CheckpointError(
                 f"{file.name}: tensor {tensor.name!r} {kind} {previous}, expected it at data byte {end}, found {begin}"
+                f"{beyond}"
             )
         end, previous = begin + tensor.num_bytes, repr(tensor.name)
     if end != data_bytes:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from dsengine.model.checkpoint import is_regular, unique_keys
 from dsengine.model.config_reader import ConfigReader
 from dsengine.model.config_refusal import refuse_unsupported
 
@@ -24,6 +25,10 @@ StoredDType = Literal["bfloat16", "float16", "float32"]
 LATENT_NORM_EPS = 1e-6
 """Epsilon of q_a_layernorm and kv_a_layernorm: the remote code builds them with its default, whatever rms_norm_eps
 says (Kimi-K2 and Moonlight set 1e-5 there)."""
+
+
+_MAX_EXPERTS = 131_072
+"""In all layers together, eight times DeepSeek-V3's: a lie about either number must not cost minutes and gigabytes."""
 
 
 def yarn_mscale(factor: float, mscale: float) -> float:
@@ -153,10 +158,10 @@ class ModelConfig:
 def read_config_file(path: Path) -> dict[str, Any]:
     """The dictionary in config.json; `path` is the file or its folder."""
     file = path / "config.json" if path.is_dir() else path
-    if not file.is_file():
+    if not is_regular(file):
         raise ValueError(f"{file} does not exist; a checkpoint folder must hold config.json")
     try:
-        hub = json.loads(file.read_text(encoding="utf-8"))
+        hub = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not JSON: {error}") from None
     if not isinstance(hub, dict):
@@ -315,6 +320,12 @@ def _check_consistency(config: ModelConfig) -> None:
             "num_nextn_predict_layers",
             config.num_nextn_predict_layers,
             "be 0 or 1",
+        ),
+        (
+            config.num_hidden_layers * experts <= _MAX_EXPERTS,
+            "num_hidden_layers · n_routed_experts",
+            config.num_hidden_layers * experts,
+            f"be at most {_MAX_EXPERTS}",
         ),
         (config.rms_norm_eps > 0, "rms_norm_eps", config.rms_norm_eps, "be positive"),
         (config.rope_theta > 1, "rope_theta", config.rope_theta, "be above 1"),
