@@ -62,10 +62,13 @@ class Watchdog:
 
         Raises:
             RanksFailedError: instead of whatever the work raises because other ranks have failed.
+            ValueError, OSError: as they are: something that a user can mend.
         """
         self._what, self._since = what, time.monotonic() if limited else None
         try:
             yield
+        except (ValueError, OSError):
+            raise
         except Exception as error:
             raise RanksFailedError(self._explain(error)) from error
         finally:

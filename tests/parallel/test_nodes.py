@@ -1,0 +1,107 @@
+"""Two launch commands, as on two machines, serve one model; they meet at an address of the first."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from server_process import DEMO_MODEL, ROOT, ServerProcess, free_port, wait_until
+
+from dsengine.parallel.launch import is_alive
+
+FLAGS = ("--tp-size", "2", "--weight-format", "dequantized", "--max-total-tokens", "8192", "--nnodes", "2")
+
+
+class SecondNode:
+    """`dsengine serve` on the second machine."""
+
+    def __init__(self, folder: Path, *flags: str) -> None:
+        self.log = folder / "node-1.log"
+        command = [sys.executable, "-m", "dsengine", "serve", "--num-threads", "1", *FLAGS, "--node-rank", "1", *flags]
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(20)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+
+
+@contextlib.contextmanager
+def two_nodes(folder: Path, *flags: str) -> Iterator[tuple[ServerProcess, SecondNode]]:
+    flags = ("--dist-init-addr", f"127.0.0.1:{free_port()}", "--dist-timeout", "20", *flags)
+    second = SecondNode(folder, *flags)
+    first = ServerProcess(folder, *FLAGS, "--node-rank", "0", *flags)
+    try:
+        first.wait_ready()
+        yield first, second
+    finally:
+        first.close()
+        second.close()
+
+
+def complete(server: ServerProcess) -> str:
+    answer = server.openai().completions.create(
+        model=DEMO_MODEL, prompt="What is 347 + 285?", max_tokens=16, temperature=0
+    )
+    text: str = answer.choices[0].text
+    return text
+
+
+def ranks(server: ServerProcess) -> list[dict[str, Any]]:
+    info: dict[str, Any] = httpx.get(server.url + "/server_info", timeout=30).json()
+    found: list[dict[str, Any]] = info["engine"]["ranks"]
+    return found
+
+
+def test_two_nodes_serve_one_model(tmp_path: Path) -> None:
+    with two_nodes(tmp_path) as (first, second):
+        assert [rank["node_rank"] for rank in ranks(first)] == [0, 1]
+        assert complete(first)
+        pids = [rank["pid"] for rank in ranks(first)]
+        first.process.send_signal(signal.SIGTERM)
+        assert first.process.wait(30) == 0, first.log_text()
+        assert second.process.wait(30) == 0, second.log.read_text()
+        assert not any(is_alive(pid) for pid in pids)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", [0, 1])
+def test_each_node_starts_its_ranks_again(tmp_path: Path, lost: int) -> None:
+    with two_nodes(tmp_path, "--attn-dp-size", "2") as (first, second):
+        answer = complete(first)
+        pids = [rank["pid"] for rank in ranks(first)]
+        os.kill(pids[lost], signal.SIGKILL)
+        wait_until(lambda: not any(is_alive(pid) for pid in pids), 30, first.log_text)
+        wait_until(lambda: first.health() == 200, 90, first.log_text)
+        assert complete(first) == answer
+        pids = [rank["pid"] for rank in ranks(first)]
+        second.process.kill()
+        # Without the second node there is no model: the first one says so and ends.
+        assert first.process.wait(120) == 1, first.log_text()
+        wait_until(lambda: not any(is_alive(pid) for pid in pids), 10)
+
+
+@pytest.mark.slow
+def test_other_flags_on_another_node_are_refused(tmp_path: Path) -> None:
+    address = ("--dist-init-addr", f"127.0.0.1:{free_port()}", "--dist-timeout", "20")
+    second = SecondNode(tmp_path, *address, "--seed", "1")
+    first = ServerProcess(tmp_path, *FLAGS, "--node-rank", "0", *address)
+    try:
+        assert first.process.wait(90) == 2 and second.process.wait(30) == 2
+        assert "rank 1 was started with other flags than rank 0" in first.log_text()
+    finally:
+        first.close()
+        second.close()
