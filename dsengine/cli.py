@@ -26,6 +26,7 @@ from dsengine.cli_flags import (
     name_flag,
     resolve_model,
 )
+from dsengine.cli_simulate import add_simulation_flags
 from dsengine.config import EngineConfig, ServerConfig
 from dsengine.plan.hardware import GPUS
 
@@ -201,6 +202,7 @@ def _add_plan_flags(parser: Parser) -> None:
     )
     parser.add_argument("--block-size", type=int, metavar="N", help="tokens in one KV-cache block [64]")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+    add_simulation_flags(parser)
 
 
 def _add_convert_flags(parser: Parser) -> None:
@@ -231,7 +233,7 @@ _ADD_FLAGS = {
     "convert": _add_convert_flags,
 }
 # A plan starts no engine: these of its fields are flags of `plan`, all are flags of the other commands.
-_PLAN_FIELDS = frozenset({"revision", "chunked_prefill_size", "kv_cache_dtype"})
+_PLAN_FIELDS = frozenset({"revision", "chunked_prefill_size", "kv_cache_dtype", "max_running_requests"})
 
 
 def _serve(args: argparse.Namespace) -> int:

@@ -6,6 +6,7 @@ import argparse
 import json
 
 from dsengine.cli_flags import UsageError, build_config
+from dsengine.cli_simulate import check_no_simulation, run_simulation
 from dsengine.config import EngineConfig
 from dsengine.plan.hardware import find_gpu
 from dsengine.plan.planner import Question, make_plan
@@ -24,6 +25,10 @@ def run_plan(args: argparse.Namespace) -> int:
     ):
         if min(values) < 1:
             raise UsageError(f"{name} is {min(values)}; it must be at least 1")
+    model = find_model(config.model_or_demo, config.revision)
+    if args.simulate:
+        return run_simulation(args, config, model)
+    check_no_simulation(args)
     question = Question(
         gpu=find_gpu(args.gpu),
         num_gpus=args.num_gpus,
@@ -34,7 +39,7 @@ def run_plan(args: argparse.Namespace) -> int:
         chunk_tokens=config.chunked_prefill_size,
         is_fp8_cache=config.kv_cache_dtype == "fp8_e4m3",
     )
-    plan = make_plan(find_model(config.model_or_demo, config.revision), question)
+    plan = make_plan(model, question)
     if args.json:
         print(json.dumps(as_data(plan)))
     else:
