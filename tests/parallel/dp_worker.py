@@ -24,12 +24,12 @@ from dsengine.parallel.groups import attention_group, join_world
 from dsengine.parallel.layout import Layout
 
 SIZE = 4
-TIMEOUT = timedelta(seconds=60)
+TIMEOUT = timedelta(seconds=120)
 
 
 def main(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
-    world = join_world(rank, SIZE, device=CPU, rendezvous=folder / "rendezvous", timeout_s=60)
+    world = join_world(rank, SIZE, device=CPU, rendezvous=folder / "rendezvous", timeout_s=120)
     pair = attention_group(SIZE, rank, 2, "gloo", TIMEOUT)
     everyone: dict[int, Group] = {4: world.everyone, 2: pair}
     # Each rank by itself, in pairs, all four.

