@@ -41,6 +41,8 @@ ADMIN_PATHS = frozenset(
     }
 )
 _WHILE_DRAINING = frozenset({"/health", "/metrics"})
+# Asked every second or so by probes, Prometheus and the web page: their successes are no news.
+_POLLED = frozenset({"/health", "/metrics"})
 KEY_DIGEST = "dsengine.key_digest"
 MAX_HEADERS = 100
 MAX_HEADER_BYTES = 64 * 1024
@@ -246,7 +248,8 @@ class _Exchange:
             "client": client[0] if client else None,
             **details,
         }
-        access_log.info(json.dumps(entry), extra={FIELDS: entry})
+        level = logging.DEBUG if self.status == 200 and self._scope["path"] in _POLLED else logging.INFO
+        access_log.log(level, json.dumps(entry), extra={FIELDS: entry})
 
 
 def _request_id(scope: Scope) -> str:
