@@ -16,6 +16,7 @@ DType = Literal["auto", "float32", "bfloat16"]
 WeightFormat = Literal["auto", "fp8", "dequantized"]
 ActivationFormat = Literal["auto", "fp8", "float"]
 Speculation = Literal["NEXTN", "NGRAM"]
+DraftAcceptance = Literal["coupled", "rejection"]
 SelfTest = Literal["auto", "on", "off"]
 CacheDType = Literal["auto", "bfloat16", "fp8_e4m3"]
 ChecksumMode = Literal["auto", "on", "off"]
@@ -30,6 +31,7 @@ ToolCallFormat = Literal["deepseekv3", "deepseekv31", "deepseekv32", "kimi_k2"]
 _BLOCK_SIZES = {"cuda": 64}
 _CHOICES: dict[str, Any] = {
     "dtype": DType,
+    "speculative_acceptance": DraftAcceptance,
     "weight_format": WeightFormat,
     "activation_format": ActivationFormat,
     "kv_cache_dtype": CacheDType,
@@ -216,6 +218,11 @@ class EngineConfig(ParallelConfig):
     )
     speculative_adaptive: bool | None = _option(
         None, "Choose each step's tree by acceptance and load, up to the size given; default: on."
+    )
+    speculative_acceptance: DraftAcceptance = _option(
+        "coupled",
+        "How drafts of sampled tokens are accepted: coupled gives the tokens that there would be without drafts; "
+        "rejection draws the drafts and accepts more of flat distributions: the same distribution, other tokens.",
     )
     disable_jump_forward: bool = _option(
         False, "Do not propose the texts that a grammar leaves no choice about; draw them token by token."

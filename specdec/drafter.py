@@ -23,8 +23,9 @@ from torch import Tensor
 from dsengine.model.deepseek import DeepseekModel
 from dsengine.model.forward_batch import ForwardBatch
 from dsengine.model.transfer import upload
+from dsengine.specdec.drawn_tree import DrawnGrower, DrawSource
 from dsengine.specdec.shape import TreeShape
-from dsengine.specdec.tree import TokenTree, TreeGrower, chains
+from dsengine.specdec.tree import ChainGrower, Grower, TokenTree, TreeGrower
 
 
 class Text(Protocol):
@@ -46,6 +47,7 @@ class DraftTargets:
         context_lens: cached tokens of each, which is the root's position.
         block_table: int32 [B, max_blocks], with room for `TreeShape.num_slots` entries after the context.
         rows: int64 [B], each request's row of the drafter's memory.
+        draws: draw the nodes, where the drafter knows a distribution, rather than take the likeliest.
     """
 
     texts: Sequence[Text]
@@ -53,6 +55,7 @@ class DraftTargets:
     context_lens: tuple[int, ...]
     block_table: Tensor
     rows: Tensor
+    draws: DrawSource | None = None
 
 
 class Drafter(Protocol):
@@ -102,33 +105,39 @@ class NextNDrafter:
         self._hidden.index_copy_(0, rows, hidden[last])
 
     def draft(self, targets: DraftTargets, shape: TreeShape) -> TokenTree:
-        """Grow the trees a generation at a time and keep the likeliest nodes."""
+        """Grow the trees a generation at a time; of those that are not drawn, keep the likeliest nodes."""
         slots = _SlotsAfter(targets, shape.num_drafter_nodes, self._kv_cache.shape[1])
+        if targets.draws is not None:
+            drawn = DrawnGrower(targets.roots, shape, targets.draws)
+            self._grow(drawn, targets, shape, slots)
+            return drawn.tree
         if shape.topk == 1:
-            return self._draft_chains(targets, shape, slots)
+            chain = ChainGrower(targets.roots)
+            self._grow(chain, targets, shape, slots)
+            return chain.tree
         grower = TreeGrower(targets.roots, shape.topk)
-        generation = _Generation.first(self._run_roots(targets, slots))
-        for step in range(shape.steps):
-            if step:
-                generation = generation.descend(grower)
-                batch = slots.batch(0, generation.depths, generation.mask)
-                output = self._run(generation.inputs, generation.tokens, batch)
-                generation = generation.with_outputs(output)
-            grower.expand(self._log_probs(generation.outputs))
+        self._grow(grower, targets, shape, slots)
         return grower.select(shape.num_nodes)
 
-    def _draft_chains(self, targets: DraftTargets, shape: TreeShape, slots: _SlotsAfter) -> TokenTree:
-        """The likeliest token after the likeliest token, and so on: all earlier nodes are seen, so only one is run."""
+    def _grow(self, grower: Grower, targets: DraftTargets, shape: TreeShape, slots: _SlotsAfter) -> None:
         hidden = self._run_roots(targets, slots)
-        tokens, scores = [targets.roots[:, None]], [torch.zeros_like(targets.roots, dtype=torch.float32)[:, None]]
-        for depth in range(shape.max_depth):
-            if depth:
-                depths = torch.full_like(tokens[-1], depth)
-                hidden = self._run(hidden, tokens[-1], slots.batch(depth - 1, depths, None))
-            values, best = self._log_probs(hidden)[:, 0].max(dim=1, keepdim=True)
-            tokens.append(best)
-            scores.append(scores[-1] + values)
-        return chains(torch.cat(tokens, dim=1), torch.cat(scores, dim=1))
+        if shape.topk == 1:
+            # All earlier nodes are seen, so that only the newest is run.
+            grower.expand(self._log_probs(hidden))
+            for depth in range(1, shape.max_depth):
+                newest = grower.tree.tokens[:, -1:]
+                hidden = self._run(hidden, newest, slots.batch(depth - 1, torch.full_like(newest, depth), None))
+                grower.expand(self._log_probs(hidden))
+            return
+        generation = _Generation.first(hidden)
+        grower.expand(self._log_probs(generation.outputs))
+        for _ in range(1, shape.steps):
+            if not grower.frontier.shape[1]:
+                break
+            generation = generation.descend(grower)
+            batch = slots.batch(0, generation.depths, generation.mask)
+            generation = generation.with_outputs(self._run(generation.inputs, generation.tokens, batch))
+            grower.expand(self._log_probs(generation.outputs))
 
     def _run_roots(self, targets: DraftTargets, slots: _SlotsAfter) -> Tensor:
         """[B, 1, hidden_size], the layer's output at the roots, whose entries are in the cache."""
@@ -178,7 +187,7 @@ class _Generation:
             outputs=outputs,
         )
 
-    def descend(self, grower: TreeGrower) -> _Generation:
+    def descend(self, grower: Grower) -> _Generation:
         """The grower's frontier, still without outputs."""
         tree, frontier = grower.tree, grower.frontier
         parents = tree.parents.gather(1, frontier)

@@ -11,9 +11,23 @@ expanded by the `topk` likeliest tokens each; in the end the nodes of largest cu
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class DrawnFrom:
+    """What the nodes of B trees were drawn from.
+
+    Attributes:
+        probs: float32 [B, E, V], the distributions that the children of E expanded nodes were drawn from.
+        rows: int64 [N], where in `probs` each node's children come from; anything for nodes without children.
+    """
+
+    probs: Tensor
+    rows: Tensor
 
 
 @dataclass(frozen=True)
@@ -24,13 +38,15 @@ class TokenTree:
         tokens: int64 [B, N].
         parents: int64 [B, N], -1 for the root.
         depths: int64 [B, N], 0 for the root: a node's position is its root's plus its depth.
-        scores: float32 [B, N], logarithm of the cumulative draft probability.
+        scores: float32 [B, N], logarithm of the cumulative draft probability; 0 where nodes are drawn or looked up.
+        drawn: for nodes that were drawn rather than chosen.
     """
 
     tokens: Tensor
     parents: Tensor
     depths: Tensor
     scores: Tensor
+    drawn: DrawnFrom | None = None
 
     @property
     def num_nodes(self) -> int:
@@ -58,14 +74,59 @@ class TokenTree:
         return found
 
 
-def chains(tokens: Tensor, scores: Tensor) -> TokenTree:
-    """Trees without branches: tokens int64 [B, N] from the root on, scores float32 [B, N]."""
-    depths = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-    return TokenTree(tokens, depths - 1, depths, scores)
+class Grower(Protocol):
+    """Grows the trees of one step, a generation at a time."""
+
+    @property
+    def frontier(self) -> Tensor:
+        """int64 [B, F], the nodes to expand next."""
+        ...
+
+    @property
+    def tree(self) -> TokenTree:
+        """All nodes so far, in the order they were grown: later generations only append."""
+        ...
+
+    def expand(self, log_probs: Tensor) -> None:
+        """Give the frontier nodes their children.
+
+        Args:
+            log_probs: float32 [B, F, V], the drafter's distribution after each frontier node; -inf forbids a token.
+        """
+        ...
+
+
+class ChainGrower:
+    """The likeliest token after the likeliest token, and so on.
+
+    Args:
+        roots: int64 [B], newest token of each request.
+    """
+
+    def __init__(self, roots: Tensor) -> None:
+        self._tokens = roots[:, None]
+        self._scores = torch.zeros_like(self._tokens, dtype=torch.float32)
+
+    @property
+    def frontier(self) -> Tensor:
+        """int64 [B, 1], the newest node."""
+        return torch.full_like(self._tokens[:, :1], self._tokens.shape[1] - 1)
+
+    @property
+    def tree(self) -> TokenTree:
+        """All nodes so far."""
+        depths = torch.arange(self._tokens.shape[1], device=self._tokens.device).expand_as(self._tokens)
+        return TokenTree(self._tokens, depths - 1, depths, self._scores)
+
+    def expand(self, log_probs: Tensor) -> None:
+        """Appends the likeliest token; arguments as for `Grower`."""
+        values, best = log_probs[:, 0].max(dim=1, keepdim=True)
+        self._tokens = torch.cat((self._tokens, best), dim=1)
+        self._scores = torch.cat((self._scores, self._scores[:, -1:] + values), dim=1)
 
 
 class TreeGrower:
-    """Grows the trees of one step, a generation at a time.
+    """Grows trees of the likeliest nodes.
 
     Args:
         roots: int64 [B], newest token of each request.
@@ -94,11 +155,7 @@ class TreeGrower:
         return TokenTree(self._tokens, self._parents, self._depths, self._scores)
 
     def expand(self, log_probs: Tensor) -> None:
-        """Give every frontier node its children; the likeliest of them are the next frontier.
-
-        Args:
-            log_probs: float32 [B, F, V], the drafter's distribution after each frontier node; -inf forbids a token.
-        """
+        """Give every frontier node its children; the likeliest of them are the next frontier."""
         width, vocab = log_probs.shape[1:]
         count = min(self._topk, vocab)
         # Which of equally likely tokens is drafted does not matter, so the vocabulary need not be sorted stably.

@@ -8,18 +8,21 @@ steps. A step goes on with the probability the model gives to a node's children:
 are a fixed function of the text.
 
 `reject` is the other lossless rule (Leviathan et al. 2023; several candidates without replacement: Jeon et al. 2024),
-for candidates that were themselves drawn from the drafter's distribution (`draw_children`). It goes on more often where
-single drafts meet a flat distribution; it gives the same distribution, but not the same tokens for a seed.
+for candidates that were themselves drawn from the drafter's distribution (`drawn_tree`). It goes on more often where
+single drafts meet a flat distribution; it gives the same distribution, but not the same tokens for a seed. For a
+candidate that was not drawn both rules go on equally often, so that only one of them is needed.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from dsengine.specdec.tree import TokenTree
+from dsengine.kernels.sample.ref import invert_cdf
+from dsengine.specdec.tree import DrawnFrom, TokenTree
 
 
 @dataclass(frozen=True)
@@ -74,19 +77,8 @@ def follow_chains(tree: TokenTree, choices: Tensor) -> AcceptedPaths:
     return AcceptedPaths(nodes, lengths, choices.gather(1, (lengths - 1)[:, None]).squeeze(1))
 
 
-def draw_children(draft_probs: Tensor, count: int, generator: torch.Generator | None = None) -> Tensor:
-    """`count` tokens per row, drawn one after the other without replacement; int64 [..., count] in drawing order.
-
-    Args:
-        draft_probs: float [..., V], the drafter's distribution, with `count` tokens of positive probability at least.
-    """
-    exponential = torch.empty_like(draft_probs).exponential_(generator=generator)
-    # The largest of p / Exp(1) is a draw from p; the following ones continue it without replacement (Gumbel top-k).
-    return (draft_probs / exponential).topk(count, dim=-1).indices
-
-
 def reject(
-    tree: TokenTree, target_probs: Tensor, draft_probs: Tensor, uniforms: Tensor, max_depth: int, topk: int
+    tree: TokenTree, drawn: DrawnFrom, target: Callable[[Tensor], Tensor], uniforms: Tensor, max_depth: int, topk: int
 ) -> AcceptedPaths:
     """Accept drawn candidates by recursive rejection.
 
@@ -96,22 +88,23 @@ def reject(
 
     Args:
         tree: B trees of N nodes whose shape does not depend on the tokens drawn; siblings stand in drawing order.
-        target_probs: float [B, N, V], the model's distribution after each node, all filters applied.
-        draft_probs: float [B, N, V], the distribution each node's children were drawn from.
-        uniforms: float [B, max_depth, topk + 1] in [0, 1), independent: one for each try and one for the last draw.
+        drawn: what the nodes were drawn from.
+        target: from nodes int64 [B] to the model's distribution after each, float64 [B, V], all filters applied; rows
+            of 0 where it has none (the path ends there, and the bonus token is -1).
+        uniforms: float64 [B, max_depth + 1, topk + 1] in [0, 1), independent: at each depth one for each try and one
+            for the last draw.
         max_depth: depth of the deepest node.
         topk: most children of a node.
     """
     rows = torch.arange(tree.tokens.shape[0], device=tree.tokens.device)
     siblings = (tree.parents[:, :, None] == tree.parents[:, None, :]).tril(-1).sum(dim=2)
     current, alive = torch.zeros_like(rows), torch.ones_like(rows, dtype=torch.bool)
-    path, remaining = [current], target_probs[rows, current]
-    draws = uniforms[:, 0, -1]
-    for depth in range(max_depth):
-        p, q = target_probs[rows, current], draft_probs[rows, current]
-        accepted = torch.zeros_like(alive)
-        following = current
-        for attempt in range(topk):
+    path, bonus = [], torch.full_like(rows, -1)
+    for depth in range(max_depth + 1):
+        path.append(torch.where(alive, current, -1))
+        p, following, accepted = target(current), current, torch.zeros_like(alive)
+        q = drawn.probs[rows, drawn.rows[current]].to(p.dtype)
+        for attempt in range(topk if depth < max_depth else 0):
             is_child = (tree.parents == current[:, None]) & (siblings == attempt)
             child = is_child.to(torch.int8).argmax(dim=1)
             token = tree.tokens[rows, child]
@@ -123,17 +116,21 @@ def reject(
             left = (p - q).clamp(min=0)
             p = torch.where(failed & (left.sum(1, keepdim=True) > 0), _normalised(left), p)
             q = torch.where(failed, _normalised(q.scatter(1, token[:, None], 0.0)), q)
-        remaining = torch.where(alive[:, None], p, remaining)
-        draws = torch.where(alive, uniforms[:, depth, -1], draws)
+        ends = alive & ~accepted & (p.sum(dim=1) > 0)
+        last = invert_cdf(p, uniforms[:, depth, -1]).clamp(max=p.shape[1] - 1)
+        bonus = torch.where(ends, last, bonus)
         alive, current = accepted, following
-        path.append(torch.where(alive, current, -1))
-    # A path that ends at a leaf after the last generation draws from the model's distribution there.
-    at_leaf = alive[:, None] if max_depth else torch.ones_like(alive)[:, None]
-    remaining = torch.where(at_leaf, target_probs[rows, current], remaining)
     nodes = torch.stack(path, dim=1)
-    running = remaining.cumsum(dim=1)
-    bonus = torch.searchsorted(running, (draws[:, None] * running[:, -1:]), right=True).squeeze(1)
-    return AcceptedPaths(nodes, (nodes >= 0).sum(dim=1), bonus.clamp(max=target_probs.shape[2] - 1))
+    return AcceptedPaths(nodes, (nodes >= 0).sum(dim=1), bonus)
+
+
+def choose_paths(first: Tensor, paths: AcceptedPaths, others: AcceptedPaths) -> AcceptedPaths:
+    """`paths` where bool [B] `first` says so, `others` elsewhere."""
+    return AcceptedPaths(
+        torch.where(first[:, None], paths.nodes, others.nodes),
+        torch.where(first, paths.lengths, others.lengths),
+        torch.where(first, paths.bonus, others.bonus),
+    )
 
 
 def _normalised(weights: Tensor) -> Tensor:

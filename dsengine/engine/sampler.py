@@ -20,8 +20,12 @@ from dsengine.engine.logit_edits import LogitEditor, asks_for_edits
 from dsengine.engine.messages import TokenLogprob
 from dsengine.engine.request import Request
 from dsengine.kernels.registry import Kernels
+from dsengine.kernels.sample.ref import kept_weights
 from dsengine.model.transfer import HostCopy, upload
+from dsengine.specdec.drawn_tree import DrawSource
+from dsengine.specdec.shape import TreeShape
 from dsengine.specdec.tree import TokenTree
+from dsengine.specdec.verification import AcceptedPaths, reject
 
 # Rows whose whole vocabulary is sorted at a time, which bounds the memory for it: 0.2 GB at 129,280 tokens.
 _ROWS_AT_ONCE = 64
@@ -147,14 +151,59 @@ class Sampler:
     ) -> Tensor:
         """The token that each request would get after each node of its tree, were it the end of the text.
 
+        Args:
+            logits: float32 [B · N, vocab_size], as `process_trees` leaves them.
+            num_output_tokens: output tokens each request has already, the root included.
+
+        Returns:
+            int64 [B, N], -1 where the logits were not finite numbers.
+        """
+        first = upload(np.array(num_output_tokens, dtype=np.int64), logits.device)
+        positions = (first[:, None] + tree.depths).flatten()
+        return self._choose(logits, requests, tree.num_nodes, positions).view(len(requests), tree.num_nodes)
+
+    def reject_drafts(
+        self, logits: Tensor, requests: Sequence[Request], source: DrawSource, tree: TokenTree, shape: TreeShape
+    ) -> AcceptedPaths:
+        """Which of the drafts that were drawn are accepted by rejection.
+
+        Args:
+            logits: float32 [B · N, vocab_size], as `process_trees` leaves them.
+            source: what the drafts were drawn by.
+            shape: of the trees.
+        """
+        assert tree.drawn is not None
+        by_node = logits.view(len(requests), tree.num_nodes, -1)
+        rows = torch.arange(len(requests), device=logits.device)
+        filters = _filters(requests, 1, logits.device)
+        # Without filters nothing need be sorted.
+        has_filters = any(r.params.top_k > 0 or r.params.top_p < 1 or r.params.min_p > 0 for r in requests)
+
+        def target(nodes: Tensor) -> Tensor:
+            at = by_node[rows, nodes]
+            highest = at.amax(dim=1, keepdim=True)
+            if has_filters:
+                weights = kept_weights(at, **filters)
+                probs = weights / weights.sum(dim=1, keepdim=True)
+            else:
+                probs = ((at - highest).double() / filters["temperature"].clamp(min=1e-38)[:, None]).softmax(dim=1)
+            return torch.where(highest.isfinite(), probs, 0.0)
+
+        uniforms = source.tries(shape.max_depth, shape.topk)
+        paths = reject(tree, tree.drawn, target, uniforms, shape.max_depth, shape.topk)
+        agreed = self._agree(torch.cat((paths.nodes, paths.bonus[:, None]), dim=1))
+        return AcceptedPaths(agreed[:, :-1], (agreed[:, :-1] >= 0).sum(dim=1), agreed[:, -1])
+
+    def process_trees(
+        self, logits: Tensor, requests: Sequence[Request], num_output_tokens: Sequence[int], tree: TokenTree
+    ) -> None:
+        """Apply what the requests ask for to the logits of all nodes, each as if it were the end of the text.
+
         Waits for the device only where a request's penalties, `min_tokens` or grammar must know the drafts.
 
         Args:
             logits: float32 [B · N, vocab_size]; changed in place.
             num_output_tokens: output tokens each request has already, the root included.
-
-        Returns:
-            int64 [B, N], -1 where the logits were not finite numbers.
         """
         nodes = tree.num_nodes
         rows = [request for request in requests for _ in range(nodes)]
@@ -168,27 +217,12 @@ class Sampler:
         self._kernels.process_logits(logits, self._num_valid_tokens, edits)
         if drafts is not None:
             forbid(logits, requests, drafts)
-        first = upload(np.array(num_output_tokens, dtype=np.int64), logits.device)
-        positions = (first[:, None] + tree.depths).flatten()
-        return self._choose(logits, requests, nodes, positions).view(len(requests), nodes)
 
     def _choose(self, logits: Tensor, requests: Sequence[Request], rows_each: int, positions: Tensor) -> Tensor:
         """One token per row, int64; each request has `rows_each` rows in turn."""
-        params = [r.params for r in requests]
-
-        def column(values: Sequence[float], dtype: type[np.generic]) -> Tensor:
-            return upload(np.repeat(np.array(values, dtype=dtype), rows_each), logits.device)
-
-        token_ids = self._kernels.sample(
-            logits,
-            temperature=column([p.temperature for p in params], np.float32),
-            top_k=column([max(p.top_k, 0) for p in params], np.int64),
-            top_p=column([p.top_p for p in params], np.float32),
-            min_p=column([p.min_p for p in params], np.float32),
-            seeds=column([r.seed for r in requests], np.int64),
-            positions=positions,
-        )
-        return self._agree(token_ids)
+        seeds = upload(np.repeat(np.array([r.seed for r in requests], dtype=np.int64), rows_each), logits.device)
+        filters = _filters(requests, rows_each, logits.device)
+        return self._agree(self._kernels.sample(logits, **filters, seeds=seeds, positions=positions))
 
     def score(self, logits: Tensor, token_ids: Tensor, num_top: int) -> TokenScores:
         """Log-probabilities of given tokens, without waiting for the device.
@@ -200,3 +234,18 @@ class Sampler:
         """
         self._kernels.process_logits(logits, self._num_valid_tokens, None)
         return TokenScores(logits, token_ids, [num_top] * len(token_ids))
+
+
+def _filters(requests: Sequence[Request], rows_each: int, device: torch.device) -> dict[str, Tensor]:
+    """What the requests ask of a draw, a column each; every request has `rows_each` rows in turn."""
+    params = [r.params for r in requests]
+
+    def column(values: Sequence[float], dtype: type[np.generic]) -> Tensor:
+        return upload(np.repeat(np.array(values, dtype=dtype), rows_each), device)
+
+    return {
+        "temperature": column([p.temperature for p in params], np.float32),
+        "top_k": column([max(p.top_k, 0) for p in params], np.int64),
+        "top_p": column([p.top_p for p in params], np.float32),
+        "min_p": column([p.min_p for p in params], np.float32),
+    }

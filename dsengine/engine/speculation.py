@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dsengine.config import DraftAcceptance
 from dsengine.engine.batch import ScheduledRequest
 from dsengine.engine.batch_inputs import Int64Array, table_of
 from dsengine.engine.phase_times import PhaseTimes
@@ -24,9 +25,10 @@ from dsengine.memory.kv_cache import KVCachePool
 from dsengine.model.forward_batch import ForwardBatch
 from dsengine.model.transfer import HostCopy, upload
 from dsengine.specdec.drafter import Drafter, DraftTargets, NextNDrafter
+from dsengine.specdec.drawn_tree import DrawSource
 from dsengine.specdec.shape import TreeShape
 from dsengine.specdec.tree import TokenTree
-from dsengine.specdec.verification import AcceptedPaths, follow, follow_chains
+from dsengine.specdec.verification import AcceptedPaths, choose_paths, follow, follow_chains
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,7 @@ class Speculator:
             with a proposal have trees, and those are chains.
         num_layers: of the main model, whose entries move with the accepted tokens.
         num_rows: requests that can run at once.
+        acceptance: how drafts of requests that sample are accepted.
     """
 
     def __init__(
@@ -122,6 +125,7 @@ class Speculator:
         *,
         num_layers: int,
         num_rows: int,
+        acceptance: DraftAcceptance = "coupled",
     ) -> None:
         self._pool = pool
         self._num_layers = num_layers
@@ -129,6 +133,8 @@ class Speculator:
         self._drafter = drafter
         self._nextn = drafter if isinstance(drafter, NextNDrafter) else None
         self._rows = DraftRows(num_rows)
+        # What is looked up has no distribution that it could be drawn from.
+        self._rejects = acceptance == "rejection" and self._nextn is not None
         self.times = times
 
     @property
@@ -176,6 +182,7 @@ class Speculator:
             context_lens=tuple(s.start for s in plan.trees),
             block_table=upload(plan.block_table, device),
             rows=upload(plan.rows[: len(plan.trees)], device),
+            draws=self._draw_source(plan, device),
         )
         proposals = [s.request.proposal for s in plan.trees]
         if plan.only_proposals:
@@ -184,8 +191,19 @@ class Speculator:
         tree = self._drafter.draft(targets, plan.shape)
         return with_proposals(tree, proposals, plan.shape) if any(proposals) else tree
 
+    def _draw_source(self, plan: PreparedDrafts, device: torch.device) -> DrawSource | None:
+        """What the drafts are drawn by, None where they are not drawn."""
+        requests = [s.request for s in plan.trees]
+        if not self._rejects or plan.only_proposals or all(r.params.temperature <= 0 for r in requests):
+            return None
+        return DrawSource(
+            temperature=upload(np.array([r.params.temperature for r in requests], dtype=np.float32), device),
+            seeds=upload(np.array([r.seed for r in requests], dtype=np.int64), device),
+            positions=upload(np.array([s.num_output_tokens for s in plan.trees], dtype=np.int64), device),
+        )
+
     def verify(self, plan: PreparedDrafts, tree: TokenTree, logits: Tensor) -> tuple[AcceptedPaths, Tensor, DrawnPaths]:
-        """Follow the model's own choices down the trees, and move what they left in the cache.
+        """Find the accepted path of each tree, and move what it left in the cache.
 
         Args:
             logits: float32 [B · N, vocab_size], of all nodes.
@@ -196,11 +214,9 @@ class Speculator:
         assert plan.shape is not None
         requests = [s.request for s in plan.trees]
         counts = [s.num_output_tokens for s in plan.trees]
-        choices = self._sampler.draw_trees(logits, requests, counts, tree)
-        if plan.shape.topk == 1:
-            paths = follow_chains(tree, choices)
-        else:
-            paths = follow(tree, choices, plan.shape.max_depth)
+        self._sampler.process_trees(logits, requests, counts, tree)
+        paths = self._accept(plan, tree, logits)
+        if plan.shape.topk > 1:
             self._compact(plan, paths)
         tokens = paths.new_tokens(tree)
         scored = [row for row, request in enumerate(requests) if request.params.logprobs is not None]
@@ -211,6 +227,27 @@ class Speculator:
             num_top = [requests[row].params.logprobs or 0 for row in scored for _ in range(tokens.shape[1])]
             scores = TokenScores(logits[at.flatten()], tokens[rows].clamp(min=0).flatten(), num_top)
         return paths, tokens, DrawnPaths(tokens, paths.lengths, scores, scored)
+
+    def _accept(self, plan: PreparedDrafts, tree: TokenTree, logits: Tensor) -> AcceptedPaths:
+        assert plan.shape is not None
+        requests = [s.request for s in plan.trees]
+        source = self._draw_source(plan, logits.device) if tree.drawn is not None else None
+        if source is None:
+            return self._follow(plan, tree, logits)
+        # Greedy requests and proposals of grammars: candidates that were not drawn.
+        follows = [r.params.temperature <= 0 or len(r.proposal) > 0 for r in requests]
+        paths = self._sampler.reject_drafts(logits, requests, source, tree, plan.shape)
+        if not any(follows):
+            return paths
+        return choose_paths(upload(np.array(follows), logits.device), self._follow(plan, tree, logits), paths)
+
+    def _follow(self, plan: PreparedDrafts, tree: TokenTree, logits: Tensor) -> AcceptedPaths:
+        assert plan.shape is not None
+        counts = [s.num_output_tokens for s in plan.trees]
+        choices = self._sampler.draw_trees(logits, [s.request for s in plan.trees], counts, tree)
+        if plan.shape.topk == 1:
+            return follow_chains(tree, choices)
+        return follow(tree, choices, plan.shape.max_depth)
 
     def _compact(self, plan: PreparedDrafts, paths: AcceptedPaths) -> None:
         """Moves the entries of accepted nodes to the places of their tokens, in all layers of the main model."""
@@ -295,6 +332,7 @@ def with_proposals(tree: TokenTree, proposals: Sequence[Sequence[int]], shape: T
         torch.where(mine, ours.parents, tree.parents),
         torch.where(mine, ours.depths, tree.depths),
         torch.where(mine, ours.scores, tree.scores),
+        tree.drawn,
     )
 
 

@@ -18,6 +18,7 @@ from dsengine.model.deepseek import DeepseekModel
 from dsengine.plan.hardware import GPUS
 from dsengine.specdec.controller import StepCosts, TreeController
 from dsengine.specdec.drafter import Drafter, NextNDrafter
+from dsengine.specdec.drawn_tree import MOST_DRAWS
 from dsengine.specdec.ngram import NGramDrafter
 from dsengine.specdec.shape import TreeShape
 
@@ -42,6 +43,11 @@ def make_speculator(
             f"speculative_eagle_topk is {config.speculative_eagle_topk}; the vocabulary has {sampler.num_valid_tokens} "
             "tokens"
         )
+    if config.speculative_acceptance == "rejection" and config.speculative_eagle_topk > MOST_DRAWS:
+        raise ValueError(
+            f"speculative_eagle_topk is {config.speculative_eagle_topk}; with speculative_acceptance rejection it must "
+            f"be at most {MOST_DRAWS}"
+        )
     drafter: Drafter | None
     if config.speculative_algorithm is None:
         drafter = None
@@ -61,6 +67,7 @@ def make_speculator(
         PhaseTimes(model.device),
         num_layers=len(model.layers),
         num_rows=config.max_running_requests,
+        acceptance=config.speculative_acceptance,
     )
 
 

@@ -14,6 +14,18 @@ MIX_2 = 0x94D049BB133111EB - 2**64
 def sample_ref(
     logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, seeds: Tensor, positions: Tensor
 ) -> Tensor:
+    highest = logits.amax(dim=-1)
+    weights = kept_weights(logits, temperature, top_k, top_p, min_p)
+    tokens = invert_cdf(weights, uniform(seeds, positions))
+    tokens = torch.where(temperature <= 0, logits.argmax(dim=-1), tokens)
+    return torch.where(highest.isfinite(), tokens, -1)
+
+
+def kept_weights(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+    """float64 [B, V]: each token's chance relative to the likeliest one's, 0 for those that a filter drops.
+
+    Rows with temperature 0 are treated as with 1; rows without an answer hold anything.
+    """
     highest = logits.amax(dim=-1, keepdim=True)
     greedy = (temperature <= 0).unsqueeze(1)
     # Shifted first, so that a tiny temperature cannot overflow: the likeliest token is always e⁰.
@@ -27,9 +39,7 @@ def sample_ref(
     ordered = torch.where(ordered >= min_p.unsqueeze(1), ordered, 0.0)
     # The likeliest token has weight 1 and rank 0; no filter may leave a row empty.
     ordered[:, 0] = 1.0
-    tokens = invert_cdf(torch.zeros_like(weights).scatter_(1, ids, ordered), uniform(seeds, positions))
-    tokens = torch.where(greedy.squeeze(1), logits.argmax(dim=-1), tokens)
-    return torch.where(highest.squeeze(1).isfinite(), tokens, -1)
+    return torch.zeros_like(weights).scatter_(1, ids, ordered)
 
 
 def invert_cdf(weights: Tensor, draws: Tensor) -> Tensor:

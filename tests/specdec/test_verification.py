@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsengine.specdec.tree import TokenTree, TreeGrower
-from dsengine.specdec.verification import AcceptedPaths, draw_children, follow, reject
+from dsengine.specdec.drawn_tree import draw_children
+from dsengine.specdec.tree import DrawnFrom, TokenTree, TreeGrower
+from dsengine.specdec.verification import AcceptedPaths, follow, reject
 
 VOCAB = 5
 TEXTS = 200_000
@@ -59,17 +60,20 @@ def reject_step(
         tokens, parents, depths = [last[:, None]], [torch.full((1,), -1)], [torch.zeros(1, dtype=torch.int64)]
         first, generation = 0, last[:, None]
         for depth in range(1, steps + 1):
-            children = draw_children(drafter[generation], topk, generator)
             width = generation.shape[1]
+            draws = torch.rand(len(last), topk, generator=generator, dtype=torch.float64)
+            children = draw_children(drafter[generation], draws)
             parents.append(torch.arange(first, first + width).repeat_interleave(topk))
             depths.append(torch.full((width * topk,), depth))
             first, generation = first + width, children.flatten(1)
             tokens.append(generation)
         nodes = torch.cat(tokens, dim=1)
-        shape = nodes.shape
+        shape, rows = nodes.shape, torch.arange(len(last))
         tree = TokenTree(nodes, torch.cat(parents).expand(shape), torch.cat(depths).expand(shape), torch.zeros(shape))
-        uniforms = torch.rand(len(last), steps, topk + 1, generator=generator, dtype=torch.float64)
-        return rule(tree, model[nodes], drafter[nodes], uniforms, steps, topk).new_tokens(tree)
+        drawn = DrawnFrom(drafter[nodes], torch.arange(shape[1]))
+        uniforms = torch.rand(len(last), steps + 1, topk + 1, generator=generator, dtype=torch.float64)
+        paths = rule(tree, drawn, lambda at: model[nodes[rows, at]], uniforms, steps, topk)
+        return paths.new_tokens(tree)
 
     return step
 
@@ -128,12 +132,12 @@ def test_rejection_is_lossless(topk: int, steps: int, cut: bool, seed: int) -> N
 def test_broken_rules_are_caught() -> None:
     model, drafter = tables(0)
 
-    def accept_too_much(tree, target, draft, uniforms, steps, topk):
-        return reject(tree, target, draft, uniforms * 0.9, steps, topk)
+    def accept_too_much(tree, drawn, target, uniforms, steps, topk):
+        return reject(tree, drawn, target, uniforms * 0.9, steps, topk)
 
-    def keep_the_residual(tree, target, draft, uniforms, steps, topk):
-        paths = reject(tree, target, draft, uniforms, steps, topk)
-        redrawn = torch.multinomial(target[:, 0], 1).squeeze(1)
+    def keep_the_residual(tree, drawn, target, uniforms, steps, topk):
+        paths = reject(tree, drawn, target, uniforms, steps, topk)
+        redrawn = torch.multinomial(target(torch.zeros(len(tree.tokens), dtype=torch.int64)), 1).squeeze(1)
         return AcceptedPaths(paths.nodes, paths.lengths, torch.where(paths.lengths == 1, redrawn, paths.bonus))
 
     for rule in (accept_too_much, keep_the_residual):
