@@ -181,6 +181,12 @@ class EngineConfig(ParallelConfig):
     chunked_prefill_size: int = _option(
         2048, "Token budget of one step: decode tokens first, then chunks of prompts.", "--max-num-batched-tokens"
     )
+    target_itl_ms: float | None = _option(
+        None, "Milliseconds between a request's tokens: steps compute no more, in prompts and drafts, than fits."
+    )
+    target_ttft_ms: float | None = _option(
+        None, "Milliseconds to a request's first token: where it can still be met, it goes before --target-itl-ms."
+    )
     cuda_graph_bs: tuple[int, ...] = _option(
         (),
         "Batch sizes for which the decode step is captured as a CUDA graph; default: 1, 2, 4 and multiples of 8.",
@@ -240,6 +246,11 @@ class EngineConfig(ParallelConfig):
             raise ValueError(f"cuda_graph_bs is {list(self.cuda_graph_bs)}; every batch size must be at least 1")
         if not 0.05 <= self.mem_fraction_static <= 0.98:
             raise ValueError(f"mem_fraction_static is {self.mem_fraction_static}; it must lie in [0.05, 0.98]")
+        for name in ("target_itl_ms", "target_ttft_ms"):
+            if (target := getattr(self, name)) is not None and not 0 < target < 1e9:
+                raise ValueError(f"{name} is {target}; it must be above 0")
+        if self.target_ttft_ms is not None and self.target_itl_ms is None:
+            raise ValueError("target_ttft_ms is of no use without target_itl_ms, which it goes before")
         for name, allowed in _CHOICES.items():
             _require_choice(self, name, allowed.__args__)
         self._check_speculation()

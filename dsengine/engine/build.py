@@ -14,6 +14,7 @@ from dsengine.engine.core import EngineCore
 from dsengine.engine.cuda_graphs import CudaGraphs
 from dsengine.engine.device_setup import CacheRow, DeviceSetup, available_memory, refusing, total_memory
 from dsengine.engine.jump_forward import JumpForward
+from dsengine.engine.latency import LatencyController
 from dsengine.engine.launch import DeviceQueue, DirectQueue, StepLauncher
 from dsengine.engine.memory_probe import CudaMemory
 from dsengine.engine.messages import EngineInfo
@@ -123,6 +124,7 @@ def build_engine(
         book=book,
         agreement=agreement,
         jumps=None if config.disable_jump_forward else JumpForward(config.max_running_requests),
+        latency=_latency(config),
     )
 
 
@@ -160,6 +162,13 @@ def _kernels(
     with torch.inference_mode():
         kernels, _ = verified_kernels(device, config.forced_kernels, maker.probes())
     return kernels
+
+
+def _latency(config: EngineConfig) -> LatencyController | None:
+    if config.target_itl_ms is None:
+        return None
+    ttft = None if config.target_ttft_ms is None else config.target_ttft_ms / 1000
+    return LatencyController(config.chunked_prefill_size, config.target_itl_ms / 1000, ttft)
 
 
 def _scheduler(config: EngineConfig, pool: KVCachePool, context_length: int) -> Scheduler:

@@ -21,6 +21,7 @@ from dsengine.engine.agreement import Agreement, Alone
 from dsengine.engine.batch import ScheduledBatch, ScheduledRequest
 from dsengine.engine.grammar import GrammarStore
 from dsengine.engine.jump_forward import JumpForward
+from dsengine.engine.latency import LatencyController, within
 from dsengine.engine.launch import LaunchedStep, StepLauncher
 from dsengine.engine.messages import AddRequest, EngineInfo, EngineStats, RequestUpdate, StepOutput, TokenLogprob
 from dsengine.engine.request import Request
@@ -29,6 +30,7 @@ from dsengine.engine.sampler import SampledToken
 from dsengine.engine.scheduler import Scheduler
 from dsengine.engine.speculation_book import SpeculationBook
 from dsengine.model.deepseek import DeepseekModel
+from dsengine.specdec.shape import TreeShape
 
 NUMERICAL_ERROR = "the model's output for this request is not a finite number"
 
@@ -42,6 +44,7 @@ class EngineCore:
         seed: seeds the draws of requests that bring no seed of their own.
         book: of the drafts, where the launcher's runner has a speculator that drafts.
         jumps: to what grammars leave no choice about; None: there are none.
+        latency: chooses how many tokens a step computes; None: always as many as the scheduler may.
         agreement: with the other ranks that run the model; None: there are none.
     """
 
@@ -56,12 +59,14 @@ class EngineCore:
         overlap: bool = False,
         book: SpeculationBook | None = None,
         jumps: JumpForward | None = None,
+        latency: LatencyController | None = None,
         agreement: Agreement | None = None,
     ) -> None:
         assert book is None or not overlap, "a step with drafts is committed before the next one is scheduled"
         self.info = info
         self._book = book
         self._jumps = jumps
+        self._latency = latency
         self._agreement = agreement if agreement is not None else Alone()
         self.overlap = overlap
         self._scheduler = scheduler
@@ -130,6 +135,8 @@ class EngineCore:
         """Launch the next step of whatever is scheduled; returns the updates of the last one that is complete."""
         with torch.inference_mode():
             updates = self._step_overlapped(now) if self.overlap else self._step_plain(now)
+        if self._latency is not None and not self.has_work:
+            self._latency.rest()
         return StepOutput(updates, self.stats())
 
     def _step_plain(self, now: float) -> list[RequestUpdate]:
@@ -148,16 +155,26 @@ class EngineCore:
 
     def _launch(self, now: float) -> LaunchedStep | None:
         """Schedules a step and queues it on the device; None when there is nothing to compute."""
-        tree = self._agreement.tree(self._book.choose(self._scheduler.load())) if self._book is not None else None
+        budget = self._latency.choose(self._scheduler.demand(now)) if self._latency is not None else None
+        tree = self._choose_tree(budget)
         chains = self._jumps.chains() if self._jumps is not None and tree is None else None
-        batch = self._scheduler.schedule(now, tree or chains, only_proposals=chains is not None)
+        batch = self._scheduler.schedule(now, tree or chains, only_proposals=chains is not None, budget=budget)
         rank_tokens = self._agreement.step(batch)
         if batch.is_empty and not any(rank_tokens or ()):
             return None
+        if self._latency is not None:
+            self._latency.start(now, batch.num_tokens)
         self._num_steps += 1
         launched = self._launcher.launch(batch, self._under_way, rank_tokens)
         self._scheduler.advance(batch)
         return launched
+
+    def _choose_tree(self, budget: int | None) -> TreeShape | None:
+        if self._book is None:
+            return None
+        load = self._scheduler.load()
+        tree = self._book.choose(load)
+        return self._agreement.tree(tree if budget is None else within(tree, load.requests, budget))
 
     def _settle(self, launched: LaunchedStep | None) -> list[RequestUpdate]:
         """Waits for a step and enters its results; requests that have ended in the meantime get no update."""
@@ -195,7 +212,8 @@ class EngineCore:
 
     def stats(self) -> EngineStats:
         stats = self._scheduler.stats(self._num_steps, self._book.stats() if self._book is not None else None)
-        stats = msgspec.structs.replace(stats, sleep_level=self.residency.level)
+        budget = self._scheduler.config.token_budget if self._latency is None else self._latency.budget
+        stats = msgspec.structs.replace(stats, sleep_level=self.residency.level, token_budget=budget)
         return (
             stats if self._jumps is None else msgspec.structs.replace(stats, num_jumped_tokens=self._jumps.num_tokens)
         )

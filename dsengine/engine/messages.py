@@ -175,6 +175,7 @@ class EngineStats(msgspec.Struct, frozen=True, tag="stats"):
     num_steps: int = 0
     num_jumped_tokens: int = 0
     sleep_level: int = 0
+    token_budget: int = 0
     speculation: SpeculationStats | None = None
     groups: tuple[EngineStats, ...] = ()
 

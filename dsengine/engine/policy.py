@@ -53,6 +53,27 @@ class SchedulerConfig:
         return -(-num_tokens // self.block_size)
 
 
+def check_prompt_length(length: int, config: SchedulerConfig, num_blocks: int) -> None:
+    """Prove that a prompt of so many tokens can run in a cache of so many blocks.
+
+    Raises:
+        ValueError: it is empty or can never fit.
+    """
+    held = num_blocks * config.block_size
+    if length < 1:
+        raise ValueError("the prompt is empty; it needs at least one token")
+    if length > config.context_length - 1:
+        raise ValueError(
+            f"the prompt has {length} tokens; the context holds {config.context_length}, "
+            "of which one is needed for the output"
+        )
+    if length > held - 1:
+        raise ValueError(
+            f"the prompt has {length} tokens; the cache holds {held} ({num_blocks} blocks of {config.block_size}), "
+            "of which one is needed for the output"
+        )
+
+
 def admission_score(waited: float, cached_fraction: float, credit: float, *, must_go: bool) -> float:
     """Rank of a waiting request among those of its priority: the largest goes first, ties by arrival.
 

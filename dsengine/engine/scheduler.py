@@ -32,13 +32,15 @@ from collections.abc import Sequence
 from operator import attrgetter
 
 from dsengine.engine.batch import ScheduledBatch, ScheduledRequest
+from dsengine.engine.latency import Demand
 from dsengine.engine.messages import EngineStats, FinishReason, SpeculationStats
-from dsengine.engine.policy import SchedulerConfig, admission_score
+from dsengine.engine.policy import SchedulerConfig, check_prompt_length
 from dsengine.engine.prefix_sharing import PrefixSharing
 from dsengine.engine.request import Request, RequestStatus
 from dsengine.engine.reservations import Reservations
 from dsengine.engine.sequence_state import SequenceState, WaitingQueue
 from dsengine.engine.stopping import StopRule
+from dsengine.engine.turns import Turns
 from dsengine.memory.block_manager import BlockManager
 from dsengine.memory.radix_cache import RadixCache
 from dsengine.specdec.controller import Load
@@ -65,6 +67,7 @@ class Scheduler:
         self._cache = radix_cache
         self._sharing = PrefixSharing(block_manager, radix_cache, config.block_size, config.lookahead)
         self._reservations = Reservations(config, block_manager)
+        self._turns = Turns(config, self._sharing)
         # A request alone must fit the pool to its end.
         self.max_tokens_per_request = min(config.context_length, block_manager.num_blocks * config.block_size)
         self._max_running = min(config.max_running_requests, config.token_budget)
@@ -94,19 +97,7 @@ class Scheduler:
         Raises:
             ValueError: it is empty or can never fit.
         """
-        limit = self.max_tokens_per_request
-        if length < 1:
-            raise ValueError("the prompt is empty; it needs at least one token")
-        if length > self.config.context_length - 1:
-            raise ValueError(
-                f"the prompt has {length} tokens; the context holds {self.config.context_length}, "
-                "of which one is needed for the output"
-            )
-        if length > limit - 1:
-            raise ValueError(
-                f"the prompt has {length} tokens; the cache holds {limit} ({self._manager.num_blocks} blocks of "
-                f"{self.config.block_size}), of which one is needed for the output"
-            )
+        check_prompt_length(length, self.config, self._manager.num_blocks)
 
     def add(self, request: Request) -> None:
         """Queues a new request.
@@ -154,7 +145,19 @@ class Scheduler:
         lengths = [state.num_tokens for state in self._running if state.can_draft]
         return Load(len(lengths), sum(lengths) // max(len(lengths), 1))
 
-    def schedule(self, now: float, tree: TreeShape | None = None, *, only_proposals: bool = False) -> ScheduledBatch:
+    def demand(self, now: float) -> Demand:
+        """What the next step has to do, at a time on the clock of the requests' `arrival_time`."""
+        prompts = [s for s in self._running if s.num_tokens - s.request.num_computed_tokens > 1]
+        decoding = len(self._running) - len(prompts)
+        first = prompts[0] if prompts else next(iter(self._waiting), None)
+        if first is None:
+            return Demand(decoding)
+        missing = first.num_tokens - first.request.num_computed_tokens
+        return Demand(decoding, missing, now - first.request.arrival_time)
+
+    def schedule(
+        self, now: float, tree: TreeShape | None = None, *, only_proposals: bool = False, budget: int | None = None
+    ) -> ScheduledBatch:
         """Chooses the tokens of the next step; empty only if there is no work, or all of it waits for a commit.
 
         Args:
@@ -162,8 +165,9 @@ class Scheduler:
             tree: shape of the drafts for requests that decode; the step must then be committed before the next one is
                 scheduled.
             only_proposals: drafts are for requests with a proposal alone.
+            budget: tokens of this step, no fewer than running requests; None: as configured.
         """
-        self._budget = self.config.token_budget
+        self._budget = self.config.token_budget if budget is None else max(budget, len(self._running))
         self._preempted = []
         for state in self._running:
             state.num_scheduled = state.num_drafts = 0
@@ -260,7 +264,7 @@ class Scheduler:
             if self._budget == 0:
                 return
             went_on = self._admit_group(group, now)
-            self._count_overtakes(group)
+            self._turns.count_overtakes(group)
             if not went_on:
                 return
 
@@ -268,34 +272,18 @@ class Scheduler:
         """Admits requests of one priority; False ends the round."""
         if len(self._running) >= self._max_running and self._running[-1].request.priority >= group[0].request.priority:
             return False
-        for state in sorted(group, key=lambda s: (-self._score(s, now), s.arrival)):
+        for state in sorted(group, key=lambda s: (-self._turns.score(s, now), s.arrival)):
             if self._budget == 0:
                 return False
             # What was found for the score may have been evicted for a request admitted since.
             self._sharing.find(state)
-            if not self._must_go(state) and self._sharing.is_in_the_making(state):
+            if not self._turns.has_come(state) and self._sharing.is_in_the_making(state):
                 continue
             if not self._fits(state) and not self._make_room(state):
                 return False
             self._start(state)
             state.request.note_admission(now)
         return True
-
-    def _score(self, state: SequenceState, now: float) -> float:
-        cached = self._sharing.find(state) * self.config.block_size / state.num_tokens
-        waited = now - state.request.arrival_time
-        return admission_score(waited, cached, self.config.cache_hit_credit, must_go=self._must_go(state))
-
-    def _must_go(self, state: SequenceState) -> bool:
-        return state.was_admitted_before or state.overtaken >= self.config.max_overtakes
-
-    def _count_overtakes(self, group: Sequence[SequenceState]) -> None:
-        overtakers = 0
-        for state in reversed(group):
-            if state.is_running:
-                overtakers += 1
-            else:
-                state.overtaken += overtakers
 
     def _fits(self, state: SequenceState) -> bool:
         """The request can be admitted: a place, its blocks, and room for the output of all."""

@@ -171,6 +171,7 @@ class _EngineCollector(Collector):
                 "Share of the blocks owned by running sequences.",
                 stats.num_blocks_in_use / max(stats.num_blocks, 1),
             ),
+            "dsengine_token_budget": ("Tokens that the latest step might compute.", stats.token_budget),
             "dsengine_prefix_cache_hit_ratio": (
                 "Share of prompt tokens found in the prefix cache.",
                 stats.prefix_hit_tokens / max(stats.prefix_query_tokens, 1),

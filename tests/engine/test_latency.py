@@ -1,0 +1,195 @@
+"""The budget of a step under latency targets, on simulated clocks: kept where it can be, and nobody starves."""
+
+from __future__ import annotations
+
+import random
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_engine import GREEDY, random_prompts, tokens, write_tiny_checkpoint
+
+from dsengine import LLM
+from dsengine.config import EngineConfig
+from dsengine.engine.latency import Demand, LatencyController, within
+from dsengine.engine.messages import AddRequest
+from dsengine.engine.request import Request
+from dsengine.engine.sampling_params import SamplingParams
+from dsengine.engine.scheduler import Scheduler, SchedulerConfig
+from dsengine.memory.block_manager import BlockManager
+from dsengine.memory.radix_cache import RadixCache
+from dsengine.specdec.shape import TreeShape
+
+FIXED, EACH = 0.010, 0.0001  # seconds of a step, and of each of its tokens
+
+
+class Clock:
+    """A simulated engine whose steps take time, driven by a controller."""
+
+    def __init__(self, controller: LatencyController | None, *, noise: float = 0.0) -> None:
+        config = SchedulerConfig(block_size=16, max_running_requests=64, token_budget=2048, context_length=16_384)
+        manager = BlockManager(4096)
+        self.scheduler = Scheduler(config, manager, RadixCache(manager, 16))
+        self.finished: list[Request] = []
+        self.now = 0.0
+        self.steps: list[tuple[int, int, float]] = []  # decodes, tokens, seconds
+        self.first_token: dict[Request, float] = {}
+        self._controller = controller
+        self._rng = random.Random(0)
+        self._noise = noise
+
+    def add(self, name: str, length: int, max_tokens: int) -> Request:
+        prompt = [self._rng.randrange(50) for _ in range(length)]
+        request = Request(name, prompt, SamplingParams(max_tokens=max_tokens), arrival_time=self.now)
+        self.scheduler.add(request)
+        return request
+
+    def step(self) -> None:
+        scheduler, controller = self.scheduler, self._controller
+        demand = scheduler.demand(self.now)
+        budget = controller.choose(demand) if controller is not None else None
+        batch = scheduler.schedule(self.now, budget=budget)
+        if controller is not None:
+            controller.start(self.now, batch.num_tokens)
+        seconds = (FIXED + EACH * batch.num_tokens) * (1 + self._noise * self._rng.uniform(-1, 1))
+        self.steps.append((demand.decoding, batch.num_tokens, seconds))
+        self.now += seconds
+        scheduler.advance(batch)
+        self.finished += scheduler.commit(batch, [[7] if item.samples else [] for item in batch.requests])
+        for item in batch.requests:
+            if item.samples:
+                self.first_token.setdefault(item.request, self.now)
+        if controller is not None and not scheduler.has_work:
+            controller.rest()
+
+    def run(self, *, arrivals: list[tuple[float, int, int]]) -> None:
+        """Requests (when, prompt, output) from the first to the last token."""
+        waiting = sorted(arrivals)
+        while waiting or self.scheduler.has_work:
+            while waiting and waiting[0][0] <= self.now:
+                _, length, max_tokens = waiting.pop(0)
+                self.add(str(len(waiting)), length, max_tokens)
+            if self.scheduler.has_work:
+                self.step()
+            else:
+                self.now = waiting[0][0]
+
+    def shared_steps(self) -> list[float]:
+        """Seconds of steps in which somebody waited for his next token, once something is known."""
+        return [seconds for decoding, _, seconds in self.steps[60:] if decoding]
+
+
+LOAD = [(0.0, 64, 800)] * 8 + [(0.2 + 0.4 * i, 3000, 50) for i in range(12)]
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.1])
+@pytest.mark.parametrize("target", [0.02, 0.05, 0.12])
+def test_steps_stay_within_the_target_and_use_it(target: float, noise: float) -> None:
+    free, bound = Clock(None, noise=noise), Clock(LatencyController(2048, target), noise=noise)
+    for clock in (free, bound):
+        clock.run(arrivals=LOAD)
+        clock.scheduler.check_integrity()
+    assert max(free.shared_steps()) > 0.16
+    with_prompts = [(tokens, seconds) for decoding, tokens, seconds in bound.steps[60:] if decoding and tokens > 32]
+    late = [seconds for _, seconds in with_prompts if seconds > target]
+    assert len(late) <= (0 if noise == 0 else 0.15 * len(with_prompts))
+    assert max(bound.shared_steps()) < 1.3 * target
+    assert statistics.median(seconds for _, seconds in with_prompts) > 0.7 * target, "what may be used is used"
+
+
+def test_a_target_that_cannot_be_met_starves_nobody() -> None:
+    clock = Clock(LatencyController(2048, 0.001))
+    clock.run(arrivals=LOAD)
+    assert len(clock.finished) == len(LOAD)
+    assert all(tokens <= decoding + 16 for decoding, tokens, _ in clock.steps[20:] if decoding)
+
+
+def test_alone_prompts_take_whole_steps() -> None:
+    clock = Clock(LatencyController(2048, 0.02))
+    clock.run(arrivals=[(0.0, 6000, 1), (5.0, 6000, 1)])
+    assert [tokens for _, tokens, _ in clock.steps] == [2048, 2048, 1904] * 2
+
+
+def test_a_first_token_that_would_be_late_comes_in_time_where_it_can() -> None:
+    def late_prompt(ttft: float | None) -> tuple[float, float]:
+        clock = Clock(LatencyController(2048, 0.02, ttft))
+        for number in range(8):
+            clock.add(str(number), 64, 400)
+        while clock.now < 2.0:
+            clock.step()
+        before, asked = len(clock.steps), clock.now
+        request = clock.add("prompt", 3000, 5)
+        while request not in clock.first_token:
+            clock.step()
+        return clock.first_token[request] - asked, max(seconds for _, _, seconds in clock.steps[before:])
+
+    unhurried, step = late_prompt(None)
+    assert unhurried > 0.6 and step <= 0.02
+    hurried, longest = late_prompt(0.5)
+    assert hurried < 0.55 and 0.02 < longest < 0.1, "as large as need be, and no larger"
+    assert late_prompt(0.05) == (unhurried, step), "what is lost harms nobody"
+
+
+def test_the_same_times_lead_to_the_same_budgets() -> None:
+    def budgets() -> list[int]:
+        rng, controller, now, chosen = random.Random(3), LatencyController(1024, 0.03, 0.4), 0.0, []
+        for _ in range(300):
+            tokens = rng.randrange(1, 900)
+            controller.start(now, tokens)
+            now += (0.005 + 0.00004 * tokens) * rng.uniform(0.9, 1.1)
+            chosen.append(controller.choose(Demand(rng.randrange(32), rng.randrange(2000), rng.random())))
+        return chosen
+
+    assert budgets() == budgets() and len(set(budgets())) > 20
+
+
+def test_what_was_no_step_is_not_counted() -> None:
+    controller = LatencyController(2048, 0.05)
+    for number in range(50):
+        controller.start(number * 0.02, 100 + number % 7)
+    expected = controller.costs()
+    controller.start(1.0, 100)
+    controller.start(61.0, 100)  # a pause of a minute
+    assert controller.costs()[0] + 100 * controller.costs()[1] < 2 * (expected[0] + 100 * expected[1])
+    controller.rest()
+    known = controller.costs()
+    controller.start(500.0, 100)
+    assert controller.costs() == known
+
+
+def test_trees_shrink_to_the_budget() -> None:
+    tree = TreeShape(3, 4, 8)
+    assert within(tree, 4, 32) == tree and within(None, 4, 0) is None
+    assert within(tree, 4, 31) == TreeShape(3, 1, 4)
+    assert within(tree, 4, 11) == TreeShape(1, 1, 2)
+    assert within(tree, 4, 7) is None
+
+
+def test_bad_targets_are_refused() -> None:
+    with pytest.raises(ValueError, match="target_itl_ms is 0"):
+        EngineConfig(target_itl_ms=0)
+    with pytest.raises(ValueError, match="of no use"):
+        EngineConfig(target_ttft_ms=100)
+
+
+@pytest.mark.parametrize("speculation", [{}, {"speculative_algorithm": "NEXTN", "speculative_eagle_topk": 2}])
+def test_targets_change_no_token(tmp_path: Path, speculation: dict[str, Any]) -> None:
+    checkpoint, prompts = write_tiny_checkpoint(tmp_path), random_prompts(12, seed=4)
+    options: dict[str, Any] = {"progress": False, "device": "cpu", "num_threads": 1, "max_total_tokens": 2048}
+    with LLM(str(checkpoint), **options) as llm:
+        expected = tokens(llm.generate(prompt_token_ids=prompts, sampling_params=GREEDY))
+        assert llm.core.stats().token_budget == 2048
+    with LLM(str(checkpoint), target_itl_ms=15, target_ttft_ms=1000, **options, **speculation) as llm:
+        core, seen = llm.core, {str(i): list[int]() for i in range(len(prompts))}
+        now, budgets = 0.0, set()
+        for number, prompt in enumerate(prompts):
+            core.add_request(AddRequest(str(number), prompt, GREEDY), now)
+        while core.has_work:
+            output = core.step(now)
+            now += 0.01
+            budgets.add(output.stats.token_budget)
+            for update in output.updates:
+                seen[update.request_id] += update.new_token_ids
+        assert list(seen.values()) == expected
+        assert min(budgets) < 2048
