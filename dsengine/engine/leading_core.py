@@ -336,4 +336,5 @@ def merge_stats(groups: Sequence[EngineStats]) -> EngineStats:
         return groups[0]
     counts = [field.name for field in msgspec.structs.fields(EngineStats) if field.type is int]
     summed = {name: sum(getattr(stats, name) for stats in groups) for name in counts}
-    return EngineStats(**{**summed, "num_steps": groups[0].num_steps}, groups=tuple(groups))
+    alike = {name: getattr(groups[0], name) for name in ("num_steps", "sleep_level")}
+    return EngineStats(**(summed | alike), groups=tuple(groups))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -188,6 +188,29 @@ class _EngineCollector(Collector):
         )
         if stats.speculation is not None:
             yield from _speculation_metrics(stats.speculation)
+        yield from _group_metrics(stats.groups)
+
+
+def _group_metrics(groups: Sequence[EngineStats]) -> Iterator[Metric]:
+    """What each attention-DP group has to do and in its cache, where there are several."""
+    if not groups:
+        return
+    tables = {
+        "num_requests_running": ("Sequences being computed", [s.num_running for s in groups]),
+        "num_requests_waiting": ("Sequences waiting for admission", [s.num_waiting for s in groups]),
+        "kv_cache_blocks": ("Blocks of the KV cache", [s.num_blocks for s in groups]),
+        "kv_cache_blocks_in_use": ("Blocks owned by running sequences", [s.num_blocks_in_use for s in groups]),
+        "kv_cache_blocks_cached": ("Blocks kept for reuse of prefixes", [s.num_blocks_cached for s in groups]),
+        "prefix_cache_hit_ratio": (
+            "Share of prompt tokens found in the prefix cache",
+            [s.prefix_hit_tokens / max(s.prefix_query_tokens, 1) for s in groups],
+        ),
+    }
+    for name, (text, values) in tables.items():
+        family = GaugeMetricFamily(f"dsengine_group_{name}", f"{text}, by attention group.", labels=["group"])
+        for number, value in enumerate(values):
+            family.add_metric([str(number)], value)
+        yield family
 
 
 def _speculation_metrics(stats: SpeculationStats) -> Iterator[Metric]:
