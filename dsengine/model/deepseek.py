@@ -69,8 +69,12 @@ class DeepseekModel:
         """
         plan = plan_attention(batch, block_size=kv_caches[0].shape[1])
         x, residual = self.embed(batch.input_ids), None
-        for layer, kv_cache in zip(self.layers, kv_caches[: len(self.layers)], strict=True):
-            x, residual = layer(x, residual, batch, plan, self.cos_sin, kv_cache)
+        for index, (layer, kv_cache) in enumerate(zip(self.layers, kv_caches[: len(self.layers)], strict=True)):
+            try:
+                x, residual = layer(x, residual, batch, plan, self.cos_sin, kv_cache)
+            except Exception as error:  # for the report, where other ranks have failed
+                error.add_note(f"layer {index}")
+                raise
         normed, _ = self.norm.after_add(x, residual)
         return normed
 
