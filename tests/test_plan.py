@@ -12,17 +12,18 @@ import pytest
 from hub_configs import KIMI_K2, V2_LITE, V3
 
 from dsengine.cli import main
-from dsengine.cli_flags import flag_name
+from dsengine.cli_flags import Parser, add_config_flags, build_config
 from dsengine.config import EngineConfig
 from dsengine.demo import CHECKPOINT_DIR
 from dsengine.model.attention_plan import PIECE_TOKENS
 from dsengine.model.config import ModelConfig
+from dsengine.model.sharding import check_layout
 from dsengine.plan import memory
 from dsengine.plan.builtin import BUILTIN
 from dsengine.plan.hardware import GPUS, find_gpu
 from dsengine.plan.layout import Layout, layouts
 from dsengine.plan.memory import weigh
-from dsengine.plan.planner import Question, make_plan, most_requests, suggested_flags
+from dsengine.plan.planner import Question, make_plan, most_requests, suggested_flags, suggestions
 from dsengine.plan.report import as_data
 from dsengine.plan.roofline import Load, RankWork, experts_hit, total_seconds
 from dsengine.plan.source import PlannedModel, find_model
@@ -254,28 +255,50 @@ def question(**changes: object) -> Question:
     return dataclasses.replace(default, **changes)  # type: ignore[arg-type]
 
 
+def suggested(plan, best="throughput"):
+    """The flags as an EngineConfig."""
+    flags = suggested_flags(plan, suggestions(plan)[best])
+    values = dict(zip(flags[::2], flags[1::2], strict=True))
+    if "--node-rank" in values:
+        values |= {"--node-rank": "1", "--dist-init-addr": "10.0.0.1:20000"}
+    parser = Parser()
+    add_config_flags(parser, EngineConfig, "engine")
+    return build_config(parser.parse_args([word for pair in values.items() for word in pair]), EngineConfig)
+
+
 def test_suggested_flags_are_flags_that_serve_has():
-    plan = make_plan(find_model("deepseek-v2-lite"), question())
-    flags = suggested_flags(plan)
-    assert flags is not None
-    known = {flag_name(field.name) for field in dataclasses.fields(EngineConfig)}
-    assert set(flags[::2]) <= known
-    fields = {
-        name.removeprefix("--").replace("-", "_"): value for name, value in zip(flags[::2], flags[1::2], strict=True)
-    }
-    config = EngineConfig(**{name: float(value) if "." in value else int(value) for name, value in fields.items()})  # type: ignore[arg-type]
+    config = suggested(make_plan(find_model("deepseek-v2-lite"), question()))
     assert config.block_size == 64 and config.max_running_requests == 256 and config.context_length == 163840
-    with_fp8 = suggested_flags(make_plan(find_model("deepseek-v2-lite"), question(is_fp8_cache=True)))
-    assert with_fp8 is not None and with_fp8[-2:] == ("--kv-cache-dtype", "fp8_e4m3")
+    assert config.tp_size == config.attn_dp_size == config.ep_size == config.nnodes == 1
+    assert (
+        suggested(make_plan(find_model("deepseek-v2-lite"), question(is_fp8_cache=True))).kv_cache_dtype == "fp8_e4m3"
+    )
 
 
-def test_nothing_is_suggested_that_cannot_be_served():
-    assert suggested_flags(make_plan(find_model("deepseek-v3"), question())) is None
-    eight = make_plan(find_model("deepseek-v3"), question(num_gpus=8))
-    assert suggested_flags(eight) is None and not any(layout.served_today for layout in eight.layouts)
-    data = as_data(eight)
-    assert data["serve"] is None and any("not there yet" in remark for remark in data["remarks"])
+def test_layouts_are_suggested_for_throughput_and_for_latency():
+    assert suggestions(make_plan(find_model("deepseek-v3"), question())) == {}
+    plan = make_plan(find_model("deepseek-v3"), question(num_gpus=8))
+    wide, quick = suggested(plan), suggested(plan, "latency")
+    assert (wide.tp_size, wide.attn_dp_size, wide.ep_size, wide.nnodes) == (8, 8, 8, 1)
+    assert (quick.tp_size, quick.attn_dp_size, quick.nnodes) == (8, 1, 1)
+    two = suggested(make_plan(find_model("deepseek-v3"), question(gpu=GPUS["h100"], num_gpus=16)))
+    assert (two.tp_size, two.nnodes, two.node_rank) == (16, 2, 1)
+    data = as_data(plan)
+    assert data["serve"]["throughput"][:3] == ["dsengine", "serve", "deepseek-ai/DeepSeek-V3"]
+    assert any("not yet on GPUs" in remark for remark in data["remarks"])
     assert data["layouts"][0]["fits"] and data["layouts"][0]["longest_context"] == 163840
+
+
+@pytest.mark.parametrize("num_gpus", [2, 4, 8, 16, 32, 64])
+def test_the_engine_can_cut_the_model_as_planned(num_gpus):
+    for layout in layouts(CONFIG, num_gpus):
+        check_layout(
+            CONFIG,
+            tp_size=layout.world,
+            attn_dp_size=layout.attn_dp,
+            experts_whole=layout.experts == "ep",
+            keeps_fp8=True,
+        )
 
 
 def test_a_larger_share_of_memory_holds_more_and_a_full_one_is_marked():
@@ -306,14 +329,14 @@ def test_the_command_prints_tables(capsys):
         capsys, "deepseek-v3", "--gpu", "H200", "--num-gpus", "8", "--batch", "8", "--context", "4096"
     )
     assert status == 0
-    for text in ("671.03 B parameters", "TP8", "DP8 EP8", "not served yet", "rooflines", "not there yet"):
+    for text in ("671.03 B parameters", "TP8", "DP8 EP8", "rooflines", "not yet on GPUs", "--attn-dp-size 8"):
         assert text in out
 
 
 def test_the_command_prints_json(capsys):
     status, out, _ = plan(capsys, "--gpu", "b200", "--json", "--batch-size", "1", "--context", "128")
     data = json.loads(out)
-    assert status == 0 and data["serve"][:2] == ["dsengine", "serve"]
+    assert status == 0 and data["serve"]["throughput"][:2] == ["dsengine", "serve"]
     assert data["gpu"]["name"].startswith("NVIDIA B200") and data["layouts"][0]["decode"][0]["requests"] == 1
 
 
@@ -321,7 +344,7 @@ def test_the_commands_fp8_cache(capsys):
     words = ("deepseek-v2-lite", "--json", "--batch", "1", "--context", "4096", "--kv-cache-dtype", "fp8_e4m3")
     status, out, _ = plan(capsys, *words)
     data = json.loads(out)
-    assert status == 0 and data["cache_bytes_per_token"] == 27 * 656 and data["serve"][-1] == "fp8_e4m3"
+    assert status == 0 and data["cache_bytes_per_token"] == 27 * 656 and data["serve"]["throughput"][-1] == "fp8_e4m3"
 
 
 def test_a_model_too_large_says_so(capsys):

@@ -59,6 +59,13 @@ class Layout:
             return f"a slice of every expert on {self.world} ranks needs one TP group, and {inter} to divide"
         if self.experts == "tp" and config.quantization is not None and inter // self.world % _FP8_BLOCK:
             return f"{inter} / {self.world} columns of an expert are no whole FP8 blocks of {_FP8_BLOCK}"
+        unit = _FP8_BLOCK if config.quantization is not None and self.attn_tp > 1 else 1
+        for name, width in (
+            ("a dense layer", config.intermediate_size),
+            ("shared experts", config.shared_intermediate_size),
+        ):
+            if width % (self.attn_tp * unit):
+                return f"{width} columns of {name} do not divide by {self.attn_tp} in whole blocks of {unit}"
         return None
 
 

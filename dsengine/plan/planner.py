@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
 
+from dsengine.plan.communication import GPUS_PER_NODE
 from dsengine.plan.hardware import Gpu
 from dsengine.plan.layout import Layout, layouts
 from dsengine.plan.memory import (
@@ -77,7 +78,6 @@ class LayoutPlan:
     """What one layout comes to.
 
     Attributes:
-        served_today: whether `dsengine serve` can run it.
         part_bytes: weights on each rank, by part.
         cache_tokens: tokens in the cache of one attention group; 0: not even the weights fit.
         longest_context: of a single request.
@@ -85,7 +85,6 @@ class LayoutPlan:
     """
 
     layout: Layout
-    served_today: bool
     part_bytes: dict[str, int]
     weight_bytes: int
     cache_tokens: int
@@ -136,7 +135,6 @@ def _plan_layout(
     rank = RankWork(model.config, layout, question.gpu, row_bytes)
     return LayoutPlan(
         layout,
-        layout.world == 1,
         {part.name: part.bytes_per_rank(layout) for part in weights.parts},
         weight_bytes,
         tokens,
@@ -172,21 +170,60 @@ def bound_step(rank: RankWork, requests: int, context: int, tokens: int, block_s
     )
 
 
-def suggested_flags(plan: Plan) -> tuple[str, ...] | None:
-    """Flags of `dsengine serve` for the single GPU of this plan; None where the engine cannot serve it."""
-    only = plan.layouts[0]
-    if not only.served_today or only.cache_tokens < 2 * plan.question.block_size:
-        return None
-    context = min(plan.question.contexts)
-    at_once = max(1, min(256, only.most_requests[context]))
-    longest = only.longest_context // plan.question.block_size * plan.question.block_size
+def suggestions(plan: Plan) -> dict[str, LayoutPlan]:
+    """The layout to serve with, by what it is best at: most tokens a second, or the quickest step of few requests.
+
+    Both by the rooflines at the smallest context, of those layouts that hold a request of it; empty if none does.
+    """
+    context, requests = min(plan.question.contexts), min(plan.question.requests)
+    holding = [layout for layout in plan.layouts if layout.most_requests[context] > 0]
+    if not holding:
+        return {}
+
+    def most_tokens(layout: LayoutPlan) -> float:
+        return _bound_full(plan, layout, context).tokens_per_second
+
+    def quickest(layout: LayoutPlan) -> float:
+        return next(step.step for step in layout.steps if (step.requests, step.context) == (requests, context))
+
+    return {"throughput": max(holding, key=most_tokens), "latency": min(holding, key=quickest)}
+
+
+def _bound_full(plan: Plan, layout: LayoutPlan, context: int) -> StepBound:
+    """A step of as many requests as a layout would be started with."""
+    config, question = plan.model.config, plan.question
+    row_bytes = cache_row_bytes(config, question.is_fp8_cache)
+    rank = RankWork(config, layout.layout, question.gpu, row_bytes)
+    requests = _at_once(layout, context) * layout.layout.attn_dp
+    return bound_step(rank, requests, context, layout.cache_tokens, question.block_size)
+
+
+def _at_once(layout: LayoutPlan, context: int) -> int:
+    """Requests at a time in each attention group."""
+    return max(1, min(256, layout.most_requests[context] // layout.layout.attn_dp))
+
+
+def suggested_flags(plan: Plan, chosen: LayoutPlan) -> tuple[str, ...]:
+    """Flags of `dsengine serve` for one of the plan's layouts. More than one node: R and HOST:PORT stand for this
+    machine's number and for where the first one listens."""
+    question, layout = plan.question, chosen.layout
+    longest = chosen.longest_context // question.block_size * question.block_size
+    world = [("--tp-size", layout.world)] if layout.world > 1 else []
+    world += [("--attn-dp-size", layout.attn_dp)] if layout.attn_dp > 1 else []
+    world += [("--ep-size", layout.world)] if layout.world > 1 and layout.experts == "ep" else []
+    nodes: list[tuple[str, object]] = []
+    if layout.world > GPUS_PER_NODE:
+        count = ceil(layout.world / GPUS_PER_NODE)
+        nodes = [("--nnodes", count), ("--node-rank", "R"), ("--dist-init-addr", "HOST:PORT")]
     flags: Sequence[tuple[str, object]] = (
-        ("--block-size", plan.question.block_size),
+        *world,
+        *nodes,
+        ("--block-size", question.block_size),
         ("--mem-fraction-static", plan.mem_fraction),
         ("--context-length", min(longest, plan.model.config.max_position_embeddings)),
-        ("--max-running-requests", at_once),
-        ("--chunked-prefill-size", plan.question.chunk_tokens),
-        *([("--kv-cache-dtype", "fp8_e4m3")] if plan.question.is_fp8_cache else []),
+        ("--max-running-requests", _at_once(chosen, min(question.contexts))),
+        ("--chunked-prefill-size", question.chunk_tokens),
+        *([("--kv-cache-dtype", "fp8_e4m3")] if question.is_fp8_cache else []),
     )
     return tuple(word for name, value in flags for word in (name, str(value)))
 

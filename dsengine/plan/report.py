@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from dsengine.plan.planner import LayoutPlan, Plan, StepBound, overhead_bytes, suggested_flags
+from dsengine.plan.planner import LayoutPlan, Plan, StepBound, overhead_bytes, suggested_flags, suggestions
 
 _GIB = 2**30
 LIMITS = (
@@ -16,9 +16,9 @@ LIMITS = (
     "nothing for launches, communication, norms, routing and sampling. They are bounds for comparison, not "
     "forecasts; nothing here was measured."
 )
-ONE_GPU = (
-    "dsengine serve drives one GPU today: tensor-, data- and expert-parallel serving is not there yet, so that layouts "
-    "of more than one GPU are advice for sizing, not something to start."
+SEVERAL = (
+    "Layouts of several GPUs add no time for exchanges between them, which can be most of a step (--simulate counts "
+    "them); they have been served on CPUs only, not yet on GPUs."
 )
 
 
@@ -26,7 +26,7 @@ def remarks(plan: Plan) -> list[str]:
     """What must be known before the numbers are used."""
     found = [LIMITS]
     if plan.question.num_gpus > 1:
-        found.append(ONE_GPU)
+        found.append(SEVERAL)
     if plan.model.config.quantization is not None and plan.question.gpu.fp8_flops is None:
         found.append(f"{plan.question.gpu.name} has no FP8 tensor cores: FP8 weights are dequantised to bf16 at load.")
     if all(layout.cache_tokens == 0 for layout in plan.layouts):
@@ -59,7 +59,6 @@ def _compare(plan: Plan, fitting: list[LayoutPlan]) -> str:
 def as_data(plan: Plan) -> dict[str, Any]:
     """The whole plan as JSON-ready data; bytes, seconds and counts."""
     question, weights, config = plan.question, plan.weights, plan.model.config
-    flags = suggested_flags(plan)
     return {
         "model": {
             "name": plan.model.name,
@@ -84,9 +83,13 @@ def as_data(plan: Plan) -> dict[str, Any]:
         "cache_bytes_per_token": plan.token_bytes,
         "overhead_bytes_estimated": overhead_bytes(plan),
         "layouts": [_layout_data(layout) for layout in plan.layouts],
-        "serve": None if flags is None else ["dsengine", "serve", plan.model.name, *flags],
+        "serve": {best: _command(plan, layout) for best, layout in suggestions(plan).items()},
         "remarks": remarks(plan),
     }
+
+
+def _command(plan: Plan, layout: LayoutPlan) -> list[str]:
+    return ["dsengine", "serve", plan.model.name, *suggested_flags(plan, layout)]
 
 
 def _layout_data(plan: LayoutPlan) -> dict[str, Any]:
@@ -95,7 +98,6 @@ def _layout_data(plan: LayoutPlan) -> dict[str, Any]:
         "attn_tp": plan.layout.attn_tp,
         "attn_dp": plan.layout.attn_dp,
         "experts": plan.layout.experts,
-        "served_today": plan.served_today,
         "weight_bytes_per_gpu": plan.weight_bytes,
         "part_bytes_per_gpu": plan.part_bytes,
         "fits": plan.cache_tokens > 0,
@@ -139,9 +141,17 @@ def print_plan(plan: Plan, console: Console) -> None:
             console.print(_speed_table(layout))
     for remark in remarks(plan):
         console.print(f"- {escape(remark)}")
-    flags = suggested_flags(plan)
-    if flags is not None:
-        console.print("\ndsengine serve " + escape(" ".join((plan.model.name, *flags))), soft_wrap=True)
+    for best, chosen in _distinct(suggestions(plan)).items():
+        console.print(f"\nfor {best} ({chosen.layout.name}):")
+        console.print(escape(" ".join(_command(plan, chosen))), soft_wrap=True)
+
+
+def _distinct(chosen: dict[str, LayoutPlan]) -> dict[str, LayoutPlan]:
+    """Layouts by all that they are best at."""
+    merged: dict[str, LayoutPlan] = {}
+    for layout in {id(layout): layout for layout in chosen.values()}.values():
+        merged[" and ".join(best for best, each in chosen.items() if each is layout)] = layout
+    return merged
 
 
 def _cache_name(plan: Plan) -> str:
@@ -176,8 +186,7 @@ def _memory_table(plan: Plan) -> Table:
 
 
 def _speed_table(plan: LayoutPlan) -> Table:
-    today = "" if plan.served_today else ", not served yet"
-    table = Table(title=f"{plan.layout.name}{today}: decode at best (rooflines)", title_justify="left")
+    table = Table(title=f"{plan.layout.name}: decode at best (rooflines)", title_justify="left")
     headings = (
         "context",
         "requests",

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsengine.parallel.prefix_routing import PrefixRouter
+from dsengine.parallel.prefix_routing import PREFIX_WEIGHT, PrefixRouter
 
 IDLE = [0, 0, 0, 0]
 
@@ -32,7 +32,7 @@ def test_prefixes_stay_where_they_are() -> None:
 def test_the_longest_prefix_wins() -> None:
     router = PrefixRouter(4, 16, 1000)
     common = router.route(prompt(0, 32), "", IDLE)
-    longer = router.route(prompt(0, 64), "", [100 if rank == common else 0 for rank in range(4)])
+    longer = router.route(prompt(0, 64), "", [10**4 if rank == common else 0 for rank in range(4)])
     assert longer != common
     assert router.matched_tokens(prompt(0, 64), "")[longer] == 64
     assert router.matched_tokens(prompt(0, 64), "")[common] == 32
@@ -43,9 +43,9 @@ def test_load_outweighs_a_prefix_once_it_is_larger() -> None:
     router = PrefixRouter(2, 16, 1000)
     home = router.route(prompt(0, 64), "", [0, 0])
     loads = [0, 0]
-    loads[home] = 63
+    loads[home] = 64 * PREFIX_WEIGHT - 1
     assert router.route(prompt(0, 64), "", loads) == home
-    loads[home] = 65
+    loads[home] = 64 * PREFIX_WEIGHT + 1
     assert router.route(prompt(0, 64), "", loads) != home
     assert router.matched_tokens(prompt(0, 64), "") == [64, 64]  # both have it now
 
@@ -87,7 +87,7 @@ def test_the_least_recently_used_is_forgotten_end_first() -> None:
 
 def test_a_flushed_rank_is_credited_with_nothing() -> None:
     router = PrefixRouter(2, 16, 100)
-    for loads in ([0, 1000], [1000, 0]):
+    for loads in ([0, 10**4], [10**4, 0]):
         router.route(prompt(0), "", loads)
     router.flushed(0)
     router.check_integrity()
