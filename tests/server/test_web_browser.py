@@ -140,7 +140,7 @@ def test_what_a_model_writes_is_text(page: Page, scripted: ScriptedServer) -> No
     assert not page.all("#messages img, #messages script, #messages svg, #messages i")
     assert "<img src=x onerror" in page.text(".question-text")
     assert '<script>window.hacked = 1</script><img src="x"' in page.text(".markdown")
-    assert page.text(".markdown h4") == "A heading with <b>code</b>"
+    assert page.text(".markdown h3") == "A heading with <b>code</b>"
     assert page.text(".markdown pre") == '<svg onload="window.hacked = 1">'
     assert [cell.text for cell in page.all(".markdown td")] == ["1", "<i>2</i>"]
     assert page.text(".markdown li strong") == "bold" and page.text(".markdown li li") == "nested"

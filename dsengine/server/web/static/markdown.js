@@ -92,7 +92,7 @@ function render(block, depth) {
       return code(block);
     case "heading": {
       const [, marks, text] = HEADING.exec(block.lines[0]);
-      return element(`h${Math.min(marks.length + 2, 6)}`, {}, ...inline(text, 0));
+      return element(`h${Math.min(marks.length + 1, 6)}`, {}, ...inline(text, 0));
     }
     case "rule":
       return element("hr");

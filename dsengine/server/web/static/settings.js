@@ -19,7 +19,7 @@ const EXAMPLE_TOOLS = [
 
 export class Settings {
   constructor() {
-    this.form = byId("settings");
+    this.form = byId("settings-form");
     this.keyField = byId("api-key");
     this.onkey = () => {};
     this.restore();
