@@ -72,7 +72,8 @@ def add_admin_routes(app: FastAPI, service: Service) -> None:
         return json_response({"is_sleeping": level > 0, "level": level})
 
     @app.post("/sleep", response_model=None)
-    async def sleep(body: SleepRequest) -> Response:
+    async def sleep(body: SleepRequest | None = None) -> Response:
+        body = body or SleepRequest()
         await _maintain(service, "sleep", str(body.level), abort=body.abort_all_requests)
         return json_response({"is_sleeping": True, "level": body.level})
 

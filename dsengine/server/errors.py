@@ -21,6 +21,8 @@ ANTHROPIC_PATH = "/v1/messages"
 _MAX_REPORTED_ERRORS = 10
 _MAX_ERROR_CHARS = 200
 _MAX_MESSAGE_CHARS = 2400
+_MAX_MESSAGE_BYTES = 3000  # in JSON, where a character may take six of them
+_MAX_PARAM_BYTES = 600
 
 _TYPES = {
     400: "invalid_request_error",
@@ -62,8 +64,8 @@ class ApiError(HTTPException):
         if retry_after is not None:
             all_headers["Retry-After"] = str(retry_after)
         super().__init__(status, detail=message, headers=all_headers or None)
-        self.message = shorten(message, _MAX_MESSAGE_CHARS)
-        self.param = None if param is None else shorten(param, _MAX_ERROR_CHARS)
+        self.message = _of_size(shorten(message, _MAX_MESSAGE_CHARS), _MAX_MESSAGE_BYTES)
+        self.param = None if param is None else _of_size(shorten(param, _MAX_ERROR_CHARS), _MAX_PARAM_BYTES)
         self.code = code
 
     def body(self) -> dict[str, Any]:
@@ -139,6 +141,13 @@ def shorten(text: str, limit: int) -> str:
     """At most `limit` characters of a text that can be encoded."""
     text = text.encode("utf-8", "replace").decode("utf-8")
     return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def _of_size(text: str, limit: int) -> str:
+    """At most `limit` bytes of JSON, of a text that can be encoded."""
+    while len(encode_json(text)) > limit:
+        text = text[: len(text) * 3 // 4] + "…"
+    return text
 
 
 def validation_failed(errors: Sequence[Any]) -> ApiError:

@@ -126,6 +126,8 @@ def expected(checkpoint: Path, workload: tuple[list[list[int]], list[SamplingPar
         {"speculative_algorithm": "NEXTN", "speculative_eagle_topk": 3, "speculative_adaptive": False},
         {"speculative_algorithm": "NGRAM", "speculative_adaptive": False},
         {"speculative_algorithm": "NEXTN", "max_total_tokens": 448, "block_size": 8},
+        pytest.param({"tp_size": 2}, marks=pytest.mark.slow),
+        pytest.param({"tp_size": 2, "attn_dp_size": 2}, marks=pytest.mark.slow),
     ],
     ids=lambda options: "-".join(map(str, options.values())) or "plain",
 )
@@ -142,7 +144,7 @@ def test_the_output_is_the_same_in_fewer_steps(
 def test_overlapped_steps_jump_too(checkpoint: Path, workload: Any, expected: tuple[list[Any], int]) -> None:
     device = SimulatedDevice()
     with use_queue(engine(checkpoint), checkpoint, device) as llm:
-        assert llm.core.overlap
+        assert llm.core.info.overlap_schedule
         answers, _ = run(llm, *workload)
         check_equal(answers, expected[0])
         assert llm.core.stats().num_jumped_tokens > 30

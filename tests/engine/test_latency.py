@@ -173,14 +173,22 @@ def test_bad_targets_are_refused() -> None:
         EngineConfig(target_ttft_ms=100)
 
 
-@pytest.mark.parametrize("speculation", [{}, {"speculative_algorithm": "NEXTN", "speculative_eagle_topk": 2}])
-def test_targets_change_no_token(tmp_path: Path, speculation: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "others",
+    [
+        {},
+        {"speculative_algorithm": "NEXTN", "speculative_eagle_topk": 2},
+        pytest.param({"tp_size": 2}, marks=pytest.mark.slow),
+    ],
+    ids=["plain", "trees", "ranks"],
+)
+def test_targets_change_no_token(tmp_path: Path, others: dict[str, Any]) -> None:
     checkpoint, prompts = write_tiny_checkpoint(tmp_path), random_prompts(12, seed=4)
     options: dict[str, Any] = {"progress": False, "device": "cpu", "num_threads": 1, "max_total_tokens": 2048}
     with LLM(str(checkpoint), **options) as llm:
         expected = tokens(llm.generate(prompt_token_ids=prompts, sampling_params=GREEDY))
         assert llm.core.stats().token_budget == 2048
-    with LLM(str(checkpoint), target_itl_ms=15, target_ttft_ms=1000, **options, **speculation) as llm:
+    with LLM(str(checkpoint), target_itl_ms=15, target_ttft_ms=1000, **options, **others) as llm:
         core, seen = llm.core, {str(i): list[int]() for i in range(len(prompts))}
         now, budgets = 0.0, set()
         for number, prompt in enumerate(prompts):

@@ -48,6 +48,12 @@ def post(path: str, body: Any = None, *, raw: bytes | None = None, **options: An
     return response
 
 
+@pytest.mark.parametrize("name", ["\0" * 200, "漢" * 300, "😀" * 300, '"\\' * 200])
+def test_errors_are_short_whatever_they_name(name: str) -> None:
+    assert post(CHAT, chat(**{f"{name[:50]}{i}{name}": 1 for i in range(12)})).status_code == 400
+    assert post(CHAT, chat(model=name)).status_code in (400, 404)
+
+
 def check_error(response: httpx.Response) -> dict[str, Any]:
     assert len(response.content) <= MAX_ERROR_BYTES
     assert response.headers["content-type"] == "application/json"

@@ -1,4 +1,4 @@
-"""Sleep, waking and other weights, on a real server: nobody is harmed, and afterwards the answers are as they should be."""
+"""Sleep, waking and other weights, on a real server: nobody is harmed, and then the answers are as they should be."""
 
 from __future__ import annotations
 
@@ -97,6 +97,8 @@ def test_asleep_nothing_runs_and_awake_all_is_as_before(server: ServerProcess, l
     assert admin(server, "/wake_up").json() == {"is_sleeping": False, "level": 0}
     assert ask(server) == expected
     assert admin(server, "/wake_up").status_code == 200 and ask(server) == expected
+    bare = httpx.post(server.url + "/sleep", headers=ADMIN, timeout=60)
+    assert bare.json()["level"] == 1 and admin(server, "/wake_up").status_code == 200
 
 
 def test_other_weights_are_taken_and_given_back(server: ServerProcess, root: Path) -> None:
