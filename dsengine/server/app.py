@@ -22,7 +22,7 @@ from dsengine import __version__
 from dsengine.async_engine import AsyncEngine
 from dsengine.config import ServerConfig
 from dsengine.engine.sampling_params import SamplingParams
-from dsengine.server import errors
+from dsengine.server import errors, openapi
 from dsengine.server.admin import add_admin_routes
 from dsengine.server.anthropic import count_tokens, messages
 from dsengine.server.chat import chat_completions
@@ -79,12 +79,13 @@ class App:
 
     def __init__(self, service: Service, tracer: Tracer | None = None) -> None:
         self.service = service
-        self.routes = FastAPI(
+        self.routes = openapi.DocumentedApp(
             title="dsengine",
             version=__version__,
             docs_url=None,
             redoc_url=None,
             redirect_slashes=False,
+            responses=openapi.ERRORS,
         )
         self.routes.router.route_class = _StrictRoute
         _add_generation_routes(self.routes, service)
@@ -118,23 +119,23 @@ def _add_generation_routes(app: FastAPI, service: Service) -> None:
     def tenant(request: Request) -> Service:
         return service.for_request(request.scope[KEY_DIGEST], request.scope.get(RECORD))
 
-    @app.post("/v1/chat/completions", response_model=None)
+    @app.post("/v1/chat/completions", response_model=None, responses=openapi.STREAM)
     async def chat(body: ChatCompletionRequest, request: Request) -> Response:
         return await until_disconnect(request, chat_completions(tenant(request), body))
 
-    @app.post("/v1/completions", response_model=None)
+    @app.post("/v1/completions", response_model=None, responses=openapi.STREAM)
     async def complete(body: CompletionRequest, request: Request) -> Response:
         return await until_disconnect(request, completions(tenant(request), body))
 
-    @app.post("/v1/responses", response_model=None)
+    @app.post("/v1/responses", response_model=None, responses=openapi.STREAM)
     async def respond(body: ResponsesRequest, request: Request) -> Response:
         return await until_disconnect(request, responses(tenant(request), body))
 
-    @app.post("/v1/messages", response_model=None)
+    @app.post("/v1/messages", response_model=None, responses=openapi.STREAM | openapi.ANTHROPIC_ERRORS)
     async def anthropic_messages(body: MessagesRequest, request: Request) -> Response:
         return await until_disconnect(request, messages(tenant(request), body))
 
-    @app.post("/v1/messages/count_tokens", response_model=None)
+    @app.post("/v1/messages/count_tokens", response_model=None, responses=openapi.ANTHROPIC_ERRORS)
     async def anthropic_count(body: CountTokensRequest) -> Response:
         return await count_tokens(service, body)
 
@@ -181,7 +182,7 @@ def _add_state_routes(app: FastAPI, service: Service) -> None:
         await until_disconnect(request, _generate_one_token(service))
         return json_response({"status": "ok"})
 
-    @app.get("/metrics", response_model=None)
+    @app.get("/metrics", response_class=Response, responses=openapi.METRICS)
     async def metrics() -> Response:
         return Response(service.metrics.render(), media_type=service.metrics.content_type)
 

@@ -16,11 +16,11 @@ from pydantic import Field, model_validator
 from dsengine.engine.sampling_params import MAX_TOP_LOGPROBS
 from dsengine.server.protocol_base import (
     INTEGRAL,
+    INTEGRAL_ITEMS,
     MAX_INT,
     ModelName,
     Strict,
     TokenId,
-    TokenIds,
     contradiction,
     unsupported,
 )
@@ -33,7 +33,7 @@ MAX_STOP_CHARS = 256
 MAX_STOP_TOKEN_IDS = 128
 MAX_LOGIT_BIAS = 1024
 
-Prompt = Annotated[TokenIds, Field(min_length=1)]
+Prompt = Annotated[list[TokenId], Field(min_length=1, fail_fast=True), INTEGRAL_ITEMS]
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 
 
@@ -81,7 +81,9 @@ class _Sampling(OutputOptions):
         | Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS, fail_fast=True)]
         | None
     ) = None
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKEN_IDS, fail_fast=True)] | None = None
+    stop_token_ids: (
+        Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKEN_IDS, fail_fast=True), INTEGRAL_ITEMS] | None
+    ) = None
     prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS), INTEGRAL] | None = None
     min_tokens: Annotated[int, Field(ge=0, le=MAX_INT), INTEGRAL] | None = None
     ignore_eos: bool | None = None
@@ -300,5 +302,5 @@ class TokenizeRequest(_ChatInput):
 
 class DetokenizeRequest(Strict):
     model: ModelName | None = None
-    tokens: Annotated[TokenIds, Field(max_length=1_000_000)]
+    tokens: Annotated[list[TokenId], Field(max_length=1_000_000, fail_fast=True), INTEGRAL_ITEMS]
     skip_special_tokens: bool = False

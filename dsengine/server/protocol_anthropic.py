@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dsengine.server.errors import validation_failed
 from dsengine.server.protocol import MAX_STOP_CHARS, MAX_STOP_STRINGS, ChatCompletionRequest
-from dsengine.server.protocol_base import INTEGRAL, MAX_INT, ModelName, Strict
+from dsengine.server.protocol_base import INTEGRAL, MAX_INT, ModelName, Strict, contradiction
 from dsengine.server.protocol_messages import MAX_MESSAGES, MAX_PARTS, MAX_TOOLS, CallId, FunctionName
 
 
@@ -69,6 +69,12 @@ class AnthropicToolChoice(Strict):
     type: Literal["auto", "any", "tool", "none"]
     name: FunctionName | None = None
     disable_parallel_tool_use: bool | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.type == "tool" and self.name is None:
+            raise contradiction("a tool_choice of type tool needs a name", "name")
+        return self
 
 
 class ThinkingConfig(Strict):

@@ -110,6 +110,6 @@ _TAGS: list[Callable[[random.Random], Format]] = [
                                               for _ in range(r.randrange(10, 900))]},
         lambda r: {"type": f"unknown{r.randrange(10**6)}"},
         lambda r: {"type": "tag", "begin": "<a>",
-                   "content": {"type": "regex", "pattern": f"(a+){{{r.randrange(999)}}}"}, "end": "</a>" * r.randrange(1, 99)},
+                   "content": {"type": "regex", "pattern": f"(a+){{{r.randrange(999)}}}"}, "end": "</a>" * 9},
     )
 ]  # fmt: skip

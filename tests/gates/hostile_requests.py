@@ -170,7 +170,7 @@ def no_http(rng: random.Random, count: int) -> Iterator[Hostile]:
     """Request lines that are none, other protocols, and noise."""
     lines = [
         b"GET\r\n\r\n", b"GET /server_info\r\n\r\n", b"GET /server_info HTTP/9.9\r\nHost: x\r\n\r\n", b"\r\n" * 1000,
-        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", b"CONNECT x:443 HTTP/1.1\r\nHost: x:443\r\n\r\n", b"\x16\x03\x01\x02",
+        b"PRI * HTTP/2.0\r\n\r\nSM", b"CONNECT x:443 HTTP/1.1\r\nHost: x:443\r\n\r\n", b"\x16\x03\x01\x02",
         b"GET  /server_info  HTTP/1.1\r\nHost: x\r\n\r\n", b"GET\t/server_info\tHTTP/1.1\r\nHost: x\r\n\r\n",
         b" GET /server_info HTTP/1.1\r\nHost: x\r\n\r\n", b"get /server_info HTTP/1.1\r\nHost: x\r\n\r\n",
         b"GET /server_info HTTP/1.0\r\n\r\n", b"GET /server_info HTTP/1.1\nHost: x\n\n", b"\x00" * 5000,
