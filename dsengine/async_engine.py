@@ -11,18 +11,12 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
-import os
-import sys
-import tempfile
-from collections import deque
-from collections.abc import AsyncGenerator
-from pathlib import Path
+from collections.abc import AsyncGenerator, Callable
 
 import msgspec
-import zmq
-import zmq.asyncio
 
 from dsengine.config import EngineConfig, EngineFailurePolicy
+from dsengine.engine.connection import EngineConnection
 from dsengine.engine.constraint import Constraint, SentGrammars
 from dsengine.engine.messages import (
     AbortRequests,
@@ -39,7 +33,7 @@ from dsengine.engine.messages import (
     Shutdown,
     StepOutput,
 )
-from dsengine.engine.process_args import FAILURE_FILE, EngineProcessArgs
+from dsengine.engine.process_args import EngineProcessArgs
 from dsengine.engine.sampling_params import SamplingParams
 from dsengine.model.checkpoint import resolve_checkpoint
 from dsengine.parallel.launch import describe_exit, is_alive
@@ -62,25 +56,32 @@ class QueueFullError(RuntimeError):
     """As many requests are waiting as the engine accepts."""
 
 
-class _Stream:
-    """Updates of one sequence on their way to its reader."""
+Sink = Callable[[RequestUpdate | EngineDeadError], None]
 
-    def __init__(self) -> None:
-        self._updates: deque[RequestUpdate | EngineDeadError] = deque()
-        self._arrived = asyncio.Event()
+
+class Sequence:
+    """One sequence that the engine has been asked for.
+
+    Its updates are handed to `sink` as they come, the last one with `finish_reason`, or an error in its place.
+    """
+
+    def __init__(self, request_id: str, sink: Sink, leave: Callable[[Sequence], None]) -> None:
+        self.request_id = request_id
+        self.is_finished = False
+        self.resources = contextlib.ExitStack()
+        self._sink = sink
+        self._leave = leave
 
     def put(self, update: RequestUpdate | EngineDeadError) -> None:
-        self._updates.append(update)
-        self._arrived.set()
+        self.is_finished = isinstance(update, EngineDeadError) or update.finish_reason is not None
+        if self.is_finished:
+            self.close()
+        self._sink(update)
 
-    async def get(self) -> RequestUpdate:
-        while not self._updates:
-            self._arrived.clear()
-            await self._arrived.wait()
-        update = self._updates.popleft()
-        if isinstance(update, EngineDeadError):
-            raise update
-        return update
+    def close(self) -> None:
+        """Nothing more is wanted: aborts the sequence, unless it has ended."""
+        self._leave(self)
+        self.resources.close()
 
 
 class AsyncEngine:
@@ -113,13 +114,13 @@ class AsyncEngine:
         self._on_failure = on_failure
         self._show_progress = show_progress
         self._module = module
-        self._streams: dict[str, _Stream] = {}
+        self._sequences: dict[str, Sequence] = {}
         self._calls: dict[int, asyncio.Future[dict[str, object]]] = {}
         self._next_call_id = 0
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(EngineOutput)
         self._ready = False
-        self._connection: _Connection | None = None
+        self._connection: EngineConnection | None = None
         self._grammars = SentGrammars(self._send)
         self._supervisor: asyncio.Task[None] | None = None
 
@@ -166,6 +167,37 @@ class AsyncEngine:
             await self._connection.close(_SHUTDOWN_SECONDS)
         self._mark_dead("the engine has been shut down")
 
+    def start_sequence(
+        self,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        sink: Sink,
+        *,
+        request_id: str,
+        priority: int = 0,
+        cache_salt: str = "",
+        constraint: Constraint | None = None,
+    ) -> Sequence:
+        """Run one sequence. `params.n` is not looked at: the caller asks once per continuation.
+
+        Args:
+            sink: called with every update, from the event loop; it must not raise.
+
+        Raises:
+            EngineDeadError: the engine is down.
+            QueueFullError: too many requests are waiting.
+            ValueError: `request_id` is in use.
+        """
+        self._check_admission(request_id)
+        sequence = self._sequences[request_id] = Sequence(request_id, sink, self._leave)
+        grammar = sequence.resources.enter_context(self._grammars.use(constraint))
+        self._send(AddRequest(request_id, prompt_token_ids, params, priority, cache_salt, grammar))
+        return sequence
+
+    def _leave(self, sequence: Sequence) -> None:
+        if self._sequences.pop(sequence.request_id, None) is not None and not sequence.is_finished:
+            self._send(AbortRequests([sequence.request_id]))
+
     async def generate(
         self,
         prompt_token_ids: list[int],
@@ -176,45 +208,49 @@ class AsyncEngine:
         cache_salt: str = "",
         constraint: Constraint | None = None,
     ) -> AsyncGenerator[RequestUpdate, None]:
-        """Run one sequence; the last update carries `finish_reason`. Closing the iterator aborts the sequence.
-
-        `params.n` is not looked at: the caller asks once per continuation, each under its own `request_id`.
+        """`start_sequence` as an iterator; closing it aborts the sequence.
 
         Raises:
             EngineDeadError: the engine is down, or went down meanwhile.
             QueueFullError: too many requests are waiting.
             ValueError: the engine refused the request, or `request_id` is in use.
         """
-        self._check_admission(request_id)
-        stream = self._streams[request_id] = _Stream()
-        finished = False
+        updates: asyncio.Queue[RequestUpdate | EngineDeadError] = asyncio.Queue()
+        sequence = self.start_sequence(
+            prompt_token_ids,
+            params,
+            updates.put_nowait,
+            request_id=request_id,
+            priority=priority,
+            cache_salt=cache_salt,
+            constraint=constraint,
+        )
         try:
-            with self._grammars.use(constraint) as grammar:
-                self._send(AddRequest(request_id, prompt_token_ids, params, priority, cache_salt, grammar))
-                while not finished:
-                    update = await stream.get()
-                    finished = update.finish_reason is not None
-                    if update.rejected:
-                        raise ValueError(update.error)
-                    yield update
+            while True:
+                update = await updates.get()
+                if isinstance(update, EngineDeadError):
+                    raise update
+                if update.rejected:
+                    raise ValueError(update.error)
+                yield update
+                if update.finish_reason is not None:
+                    return
         finally:
-            self._streams.pop(request_id, None)
-            if not finished:
-                self._send(AbortRequests([request_id]))
+            sequence.close()
 
     def abort(self, request_id: str) -> None:
         """End a sequence early: its reader gets a last update with `finish_reason` "abort". Unknown ids are fine."""
-        stream = self._streams.pop(request_id, None)
-        if stream is not None:
-            stream.put(RequestUpdate(request_id, finish_reason="abort"))
-            self._send(AbortRequests([request_id]))
+        sequence = self._sequences.get(request_id)
+        if sequence is not None:
+            sequence.close()
+            sequence.put(RequestUpdate(request_id, finish_reason="abort"))
 
     def abort_response(self, response_id: str | None) -> int:
         """End the sequences of one response, or all of them (None); returns how many there were.
 
         A sequence's request id is its response's, with the numbers of prompt and continuation behind it.
         """
-        found = [i for i in self._streams if response_id is None or i.rsplit("-", 2)[0] == response_id]
+        found = [i for i in self._sequences if response_id is None or i.rsplit("-", 2)[0] == response_id]
         for request_id in found:
             self.abort(request_id)
         return len(found)
@@ -236,12 +272,12 @@ class AsyncEngine:
     def _check_admission(self, request_id: str) -> None:
         if not self._ready:
             raise EngineDeadError("the engine is not running")
-        if request_id in self._streams:
+        if request_id in self._sequences:
             raise ValueError(f"request id {request_id!r} is in use; every sequence needs its own")
         limit = self.config.max_running_requests + self.config.max_queued_requests
-        if len(self._streams) >= limit:
+        if len(self._sequences) >= limit:
             raise QueueFullError(
-                f"{len(self._streams)} requests are running or waiting, which is the limit; try again later"
+                f"{len(self._sequences)} requests are running or waiting, which is the limit; try again later"
             )
 
     def _send(self, message: EngineInput) -> None:
@@ -256,7 +292,7 @@ class AsyncEngine:
             num_valid_tokens=self.tokenizer.vocab_size,
             show_progress=self._show_progress,
         )
-        self._connection = await _Connection.open(args, self._module)
+        self._connection = await EngineConnection.open(args, self._module)
         self._grammars.reset()
         message = await self._connection.first_message(self._decoder)
         if isinstance(message, EngineInfo):
@@ -295,7 +331,7 @@ class AsyncEngine:
                 return
             logger.warning("engine process restarted")
 
-    async def _read_until_death(self, connection: _Connection) -> str:
+    async def _read_until_death(self, connection: EngineConnection) -> str:
         death = asyncio.create_task(connection.process.wait())
         failure: EngineFailure | None = None
         # Rank 0 watches over the other ranks and has itself heard of every second; alone it need not speak.
@@ -336,9 +372,9 @@ class AsyncEngine:
                 self._stats = message.stats
                 for update in message.updates:
                     # An update may cross an abort on the way; nobody waits for it any more.
-                    stream = self._streams.get(update.request_id)
-                    if stream is not None:
-                        stream.put(update)
+                    sequence = self._sequences.get(update.request_id)
+                    if sequence is not None:
+                        sequence.put(update)
             case Reply():
                 future = self._calls.pop(message.call_id, None)
                 if future is not None and not future.done():
@@ -347,80 +383,9 @@ class AsyncEngine:
     def _mark_dead(self, reason: str) -> None:
         self._ready = False
         self._stats = EngineStats()
-        for stream in self._streams.values():
-            stream.put(EngineDeadError(reason))
-        self._streams.clear()
+        for sequence in list(self._sequences.values()):
+            sequence.put(EngineDeadError(reason))
         for future in self._calls.values():
             if not future.done():
                 future.set_exception(EngineDeadError(reason))
         self._calls.clear()
-
-
-class _Connection:
-    """One engine process and the socket to it."""
-
-    def __init__(
-        self,
-        process: asyncio.subprocess.Process,
-        socket: zmq.asyncio.Socket,
-        context: zmq.asyncio.Context,
-        folder: tempfile.TemporaryDirectory[str],
-    ) -> None:
-        self.process = process
-        self.socket = socket
-        self._context = context
-        self._folder = folder
-
-    @classmethod
-    async def open(cls, args: EngineProcessArgs, module: str) -> _Connection:
-        # A fresh folder that only this user may enter, and a fresh socket in it: a dead engine leaves nothing behind.
-        folder = tempfile.TemporaryDirectory(prefix="dsengine-")
-        address = f"ipc://{Path(folder.name) / 'engine.sock'}"
-        context = zmq.asyncio.Context()
-        socket = context.socket(zmq.PAIR)
-        socket.setsockopt(zmq.SNDHWM, 0)
-        socket.setsockopt(zmq.RCVHWM, 0)
-        socket.setsockopt(zmq.LINGER, 0)
-        socket.bind(address)
-        # Its own session: Ctrl-C at the terminal is for the server, which then stops the engine in good order.
-        process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", module, stdin=asyncio.subprocess.PIPE, start_new_session=True
-        )
-        assert process.stdin is not None
-        args = msgspec.structs.replace(args, address=address, folder=folder.name, parent=os.getpid())
-        process.stdin.write(msgspec.json.encode(args) + b"\n")
-        return cls(process, socket, context, folder)
-
-    def send(self, data: bytes) -> None:
-        # Without a high-water mark the message is queued at once, so there is nothing to await.
-        self.socket.send(data)
-
-    async def first_message(self, decoder: msgspec.msgpack.Decoder[EngineOutput]) -> EngineOutput | None:
-        """The engine's first word, or None when it died without one."""
-        receive = asyncio.ensure_future(self.socket.recv())
-        death = asyncio.create_task(self.process.wait())
-        try:
-            await asyncio.wait((receive, death), return_when=asyncio.FIRST_COMPLETED)
-            if not receive.done():
-                # The last message may still be on its way when the process has gone.
-                await asyncio.wait((receive,), timeout=1.0)
-            return decoder.decode(receive.result()) if receive.done() else None
-        finally:
-            receive.cancel()
-            death.cancel()
-
-    def last_word(self) -> EngineFailure | None:
-        """What a process that is dead could not say over the socket."""
-        file = Path(self._folder.name) / FAILURE_FILE
-        return msgspec.msgpack.decode(file.read_bytes(), type=EngineFailure) if file.exists() else None
-
-    async def close(self, timeout: float) -> None:
-        """Let the process end by itself for `timeout` seconds, then kill it."""
-        try:
-            await asyncio.wait_for(self.process.wait(), timeout)
-        except TimeoutError:
-            self.process.kill()
-            await self.process.wait()
-        self.socket.close()
-        self._context.term()
-        self._folder.cleanup()

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from typing import Any
 
 import httpx
 
-from dsengine.async_engine import EngineDeadError, QueueFullError
+from dsengine.async_engine import EngineDeadError, QueueFullError, Sequence, Sink
 from dsengine.config import EngineConfig, ServerConfig
 from dsengine.demo import CHECKPOINT_DIR
 from dsengine.engine.constraint import Constraint
@@ -64,17 +64,19 @@ class ScriptedEngine:
         self.resume = asyncio.Event()
         self.refusal: Exception | None = None
         self.die_at: int | None = None
+        self._tasks: dict[str, asyncio.Task[None]] = {}
 
-    async def generate(
+    def start_sequence(
         self,
         prompt_token_ids: list[int],
         params: SamplingParams,
+        sink: Sink,
         *,
         request_id: str,
         priority: int = 0,
         cache_salt: str = "",
         constraint: Constraint | None = None,
-    ) -> AsyncIterator[RequestUpdate]:
+    ) -> Sequence:
         if not self.is_alive:
             raise EngineDeadError("dead")
         if self.refusal is not None:
@@ -82,18 +84,28 @@ class ScriptedEngine:
         self.constraints[request_id] = constraint
         self.seen[request_id] = (prompt_token_ids, params, cache_salt)
         self.running.add(request_id)
-        try:
-            for number, update in enumerate(self._updates(request_id, prompt_token_ids, params)):
-                await asyncio.sleep(0)
-                if number == self.hold_at:
-                    self.num_held += 1
-                    await self.resume.wait()
-                if number == self.die_at:
-                    self.is_alive = False
-                    raise EngineDeadError("dead")
-                yield update
-        finally:
-            self.running.discard(request_id)
+        sequence = Sequence(request_id, sink, self._leave)
+        updates = self._updates(request_id, prompt_token_ids, params)
+        self._tasks[request_id] = asyncio.create_task(self._play(sequence, updates))
+        return sequence
+
+    def _leave(self, sequence: Sequence) -> None:
+        self.running.discard(sequence.request_id)
+        task = self._tasks.pop(sequence.request_id, None)
+        if task is not None and not sequence.is_finished:
+            task.cancel()
+
+    async def _play(self, sequence: Sequence, updates: list[RequestUpdate]) -> None:
+        for number, update in enumerate(updates):
+            await asyncio.sleep(0)
+            if number == self.hold_at:
+                self.num_held += 1
+                await self.resume.wait()
+            if number == self.die_at:
+                self.is_alive = False
+                sequence.put(EngineDeadError("dead"))
+                return
+            sequence.put(update)
 
     def _updates(self, request_id: str, prompt: list[int], params: SamplingParams) -> list[RequestUpdate]:
         ids = self.tokenizer.encode(self.script(prompt, params))
