@@ -20,8 +20,8 @@ DraftAcceptance = Literal["coupled", "rejection"]
 SelfTest = Literal["auto", "on", "off"]
 CacheDType = Literal["auto", "bfloat16", "fp8_e4m3"]
 ChecksumMode = Literal["auto", "on", "off"]
+MoeExchange = Literal["gather", "all_to_all"]
 LogLevel = Literal["debug", "info", "warning", "error"]
-LogFormat = Literal["text", "json"]
 LogFormat = Literal["text", "json"]
 EngineFailurePolicy = Literal["restart", "exit"]
 ToolCallFormat = Literal["deepseekv3", "deepseekv31", "deepseekv32", "kimi_k2"]
@@ -67,6 +67,20 @@ class ParallelConfig:
         "Ranks that hold whole experts: as many as --tp-size, or 1 to give each rank a slice of every expert.",
         "--expert-parallel-size",
     )
+    moe_exchange: MoeExchange = _option(
+        "gather",
+        "How tokens come to experts on other ranks: gather brings all to all ranks, all_to_all each to the ranks that "
+        "hold its experts (--ep-size only).",
+    )
+    ep_num_redundant_experts: int = _option(
+        0, "Places for second copies of busy experts, over all ranks (--ep-size only)."
+    )
+    enable_eplb: bool = _option(
+        False, "Count the tokens of each expert, and move experts between ranks so that all have about the same to do."
+    )
+    eplb_rebalance_num_iterations: int = _option(
+        1000, "With --enable-eplb: steps from one look at the counts to the next."
+    )
     nnodes: int = _option(1, "Machines with tp-size / nnodes ranks each; the same command is run on every one.")
     node_rank: int = _option(0, "Number of this machine; machine 0 serves the requests.")
     dist_init_addr: str | None = _option(
@@ -94,9 +108,22 @@ class ParallelConfig:
             )
         if self.ep_size not in (1, self.tp_size):
             raise ValueError(f"ep_size is {self.ep_size}; it must be 1, or tp_size, which is {self.tp_size}")
+        self._check_experts()
         if self.dist_timeout < 1:
             raise ValueError(f"dist_timeout is {self.dist_timeout}; it must be at least 1 second")
         self._check_nodes()
+
+    def _check_experts(self) -> None:
+        _require_choice(self, "moe_exchange", MoeExchange.__args__)  # type: ignore[attr-defined]
+        _require_positive(self, "eplb_rebalance_num_iterations")
+        if self.ep_num_redundant_experts < 0:
+            raise ValueError(f"ep_num_redundant_experts is {self.ep_num_redundant_experts}; it must be at least 0")
+        for name in ("moe_exchange", "ep_num_redundant_experts", "enable_eplb"):
+            if not self.experts_whole and getattr(self, name) not in (0, "gather"):
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}, which needs whole experts, but ep_size is {self.ep_size}; "
+                    f"set it to tp_size, which is {self.tp_size}"
+                )
 
     def _check_nodes(self) -> None:
         if self.tp_size % self.nnodes:

@@ -28,9 +28,12 @@ from dsengine.memory.block_manager import BlockManager
 from dsengine.memory.kv_cache import KVCachePool
 from dsengine.memory.radix_cache import RadixCache
 from dsengine.model.config import ModelConfig
+from dsengine.model.deepseek import DeepseekModel
 from dsengine.model.loader import load_model, resolve_formats
 from dsengine.model.manifest import verify_manifest
+from dsengine.model.rebalance import ExpertBalancer
 from dsengine.parallel.groups import World
+from dsengine.parallel.layout import Layout
 
 ProgressCallback = Callable[[int, int], None]
 
@@ -82,7 +85,7 @@ def build_engine(
             activation_format=config.activation_format,
             kernels=kernels,
             progress=progress,
-            layout=None if world is None else world.layout(experts_whole=config.experts_whole),
+            layout=_layout(config, world),
         )
     sampler = Sampler(kernels, min(num_valid_tokens, model_config.vocab_size), agreement.tokens)
     setup = DeviceSetup(
@@ -116,7 +119,7 @@ def build_engine(
     )
     return EngineCore(
         _scheduler(config, runner.pool, context_length),
-        StepLauncher(runner, sampler, queue if queue is not None else DirectQueue()),
+        StepLauncher(runner, sampler, queue if queue is not None else DirectQueue(), _balancer(config, model)),
         info,
         eos_token_ids=eos_token_ids,
         seed=config.seed,
@@ -126,6 +129,23 @@ def build_engine(
         jumps=None if config.disable_jump_forward else JumpForward(config.max_running_requests),
         latency=_latency(config),
     )
+
+
+def _layout(config: EngineConfig, world: World | None) -> Layout | None:
+    if world is None:
+        return None
+    return world.layout(
+        experts_whole=config.experts_whole,
+        moe_exchange=config.moe_exchange,
+        redundant_experts=config.ep_num_redundant_experts,
+        balances_experts=config.enable_eplb,
+    )
+
+
+def _balancer(config: EngineConfig, model: DeepseekModel) -> ExpertBalancer | None:
+    if not config.enable_eplb:
+        return None
+    return ExpertBalancer(model, nodes=config.nnodes, interval=config.eplb_rebalance_num_iterations)
 
 
 def _verified_config(

@@ -20,6 +20,7 @@ from dsengine.engine.model_runner import ModelRunner, PreparedStep, PromptRows, 
 from dsengine.engine.request import Request
 from dsengine.engine.sampler import DrawnTokens, SampledToken, Sampler, TokenScores
 from dsengine.engine.speculation import DrawnPaths
+from dsengine.model.rebalance import ExpertBalancer
 from dsengine.model.transfer import upload
 
 # Prompt tokens whose logits are held at a time: 0.13 GB of float32 at 129,280 tokens.
@@ -117,12 +118,19 @@ class LaunchedStep:
 
 
 class StepLauncher:
-    """Launches steps: the model's work and the sampler's, one after the other."""
+    """Launches steps: the model's work and the sampler's, one after the other.
 
-    def __init__(self, runner: ModelRunner, sampler: Sampler, queue: DeviceQueue) -> None:
+    Args:
+        balancer: moves experts between ranks, between steps.
+    """
+
+    def __init__(
+        self, runner: ModelRunner, sampler: Sampler, queue: DeviceQueue, balancer: ExpertBalancer | None = None
+    ) -> None:
         self.runner = runner
         self._sampler = sampler
         self._queue = queue
+        self._balancer = balancer
 
     def launch(
         self, batch: ScheduledBatch, previous: LaunchedStep | None, rank_tokens: tuple[int, ...] | None = None
@@ -139,6 +147,8 @@ class StepLauncher:
     @torch.inference_mode()
     def compute(self, step: PreparedStep, previous: LaunchedStep | None) -> DeviceResult:
         """Queue a step's kernels on the device; what `launch` gives to the queue."""
+        if self._balancer is not None:
+            self._balancer.before_step()
         if step.drafts is not None:
             return self._compute_with_drafts(step, previous)
         outputs = self.runner.forward(step, previous.drawn if previous is not None else None)

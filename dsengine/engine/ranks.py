@@ -178,6 +178,8 @@ def check_ranks(config: EngineConfig, checkpoint: Path) -> None:
         attn_dp_size=config.attn_dp_size,
         experts_whole=config.experts_whole,
         keeps_fp8=keep_fp8,
+        moe_exchange=config.moe_exchange,
+        redundant_experts=config.ep_num_redundant_experts,
     )
     for rank in config.local_ranks:
         resolve_device(config.device, rank - config.local_ranks.start)

@@ -7,6 +7,8 @@ answers the same before and after its move but for the order in which a token's 
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from torch import Tensor
 
@@ -15,21 +17,25 @@ from dsengine.model.moe import MixtureOfExperts
 from dsengine.parallel.collectives import Group
 from dsengine.parallel.eplb import Move, imbalance, keep_places, place_experts, plan_moves
 from dsengine.parallel.expert_places import ExpertPlaces
-from dsengine.parallel.layout import Layout
+
+logger = logging.getLogger(__name__)
 
 
 class ExpertBalancer:
     """Of one model; every rank calls the same methods between the same steps.
 
     Args:
-        layout: that the model was loaded with, with `balances_experts`.
+        model: loaded with a layout that balances experts.
         nodes: machines with equally many ranks each.
+        interval: steps from one look at the counts to the next; the moves take a step for each layer beside.
         threshold: a layer is left as it is while its busiest rank has less than so many times the mean to do.
     """
 
-    def __init__(self, model: DeepseekModel, layout: Layout, *, nodes: int = 1, threshold: float = 1.05) -> None:
+    def __init__(self, model: DeepseekModel, *, nodes: int = 1, interval: int = 1000, threshold: float = 1.05) -> None:
         layers = [*model.layers, *([model.nextn.layer] if model.nextn is not None else [])]
-        self._world = layout.world
+        self._world = model.slots.layout.world
+        self._interval = interval
+        self._steps = 0
         self._nodes = nodes
         self._groups = model.config.n_group
         self._threshold = threshold
@@ -40,6 +46,15 @@ class ExpertBalancer:
                 self._moes.append((layer.mlp, layer.mlp.places))
         self._loads: list[list[int]] = []
         self._next = len(self._moes)
+
+    def before_step(self) -> None:
+        """Called before each step of the model: does what is due."""
+        self._steps += 1
+        if self.is_moving:
+            self.advance()
+        elif self._steps >= self._interval:
+            self._steps = 0
+            self.begin()
 
     @property
     def is_moving(self) -> bool:
@@ -78,6 +93,15 @@ class ExpertBalancer:
         for weight in moe.expert_weights:
             move_rows(self._world, weight, moves)
         places.update(new)
+        if self._world.rank == 0:
+            after = imbalance(loads, new, ranks)
+            logger.info(
+                "%d experts of MoE layer %d moved: the busiest rank had %.2f times the mean to do, now %.2f",
+                len(moves),
+                self._next - 1,
+                before,
+                after,
+            )
         return len(moves)
 
 

@@ -42,7 +42,7 @@ def main(rank: int, folder: Path) -> None:
         layout = Layout(everyone[size], groups[size, attn_dp_size], **case["layout"])
         model = load_tiny(Path(case["checkpoint"]), layout=layout, **case["options"])
         before = layout.world.traffic.copy()
-        balancer = ExpertBalancer(model, layout, threshold=1.0) if layout.balances_experts else None
+        balancer = ExpertBalancer(model, threshold=1.0) if layout.balances_experts else None
         moved = 0
         for number, schedule in enumerate(case["schedules"]):
             run = GroupRun(model, layout.dp_rank, attn_dp_size)

@@ -29,6 +29,15 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "DP2": {"tp_size": 2, "attn_dp_size": 2},
     "DP2 EP2": {"tp_size": 2, "attn_dp_size": 2, "ep_size": 2},
     "DP2 TP2": {"tp_size": 4, "attn_dp_size": 2},
+    "DP2 EP2+2": {
+        "tp_size": 2,
+        "attn_dp_size": 2,
+        "ep_size": 2,
+        "moe_exchange": "all_to_all",
+        "ep_num_redundant_experts": 2,
+        "enable_eplb": True,
+        "eplb_rebalance_num_iterations": 5,
+    },
 }
 
 
@@ -100,10 +109,19 @@ def test_ranks_answer_as_one_process_does(layout: str, expected: list[list[Reque
     assert not any(is_alive(pid) for pid in pids)
 
 
-@pytest.mark.parametrize("algorithm", ["NEXTN", pytest.param("NGRAM", marks=pytest.mark.slow)])
-def test_trees_are_verified_alike_on_all_ranks(algorithm: str, expected: list[list[RequestOutput]]) -> None:
+@pytest.mark.parametrize(
+    ("algorithm", "layout"),
+    [
+        ("NEXTN", "TP2"),
+        ("NEXTN", "DP2"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in [("NGRAM", "TP2"), ("NEXTN", "DP2 TP2")]),
+    ],
+)
+def test_trees_are_verified_alike_on_all_ranks(
+    algorithm: str, layout: str, expected: list[list[RequestOutput]]
+) -> None:
     options = OPTIONS | {"speculative_algorithm": algorithm, "speculative_eagle_topk": 2, "max_total_tokens": 400}
-    with LLM(**options, tp_size=2) as llm:
+    with LLM(**options, **LAYOUTS[layout]) as llm:
         check_same(ask(llm), expected)
         check_idle(llm)
         speculation = llm.core.stats().speculation
@@ -117,6 +135,11 @@ def test_trees_are_verified_alike_on_all_ranks(algorithm: str, expected: list[li
         ({"tp_size": 2, "weight_format": "fp8"}, ["moe_intermediate_size", "256"]),
         ({"tp_size": 4, "attn_dp_size": 3}, ["attn_dp_size is 3", "tp_size"]),
         ({"tp_size": 4, "ep_size": 2}, ["ep_size is 2", "4"]),
+        ({"tp_size": 2, "moe_exchange": "all_to_all"}, ["all_to_all", "ep_size is 1", "which is 2"]),
+        ({"tp_size": 2, "moe_exchange": "pipes"}, ["'pipes'", "all_to_all"]),
+        ({"tp_size": 2, "ep_size": 2, "ep_num_redundant_experts": 3}, ["redundant_experts", "multiple of 2"]),
+        ({"tp_size": 2, "ep_size": 2, "ep_num_redundant_experts": -1}, ["ep_num_redundant_experts is -1"]),
+        ({"enable_eplb": True}, ["enable_eplb", "ep_size is 1"]),
         ({"tp_size": 2, "dp_size": 2}, ["dp_size", "enable_dp_attention"]),
         ({"tp_size": 2, "device": "cuda:0"}, ["cuda"]),
         ({"tp_size": 3, "nnodes": 2}, ["nnodes is 2", "tp_size", "3"]),
