@@ -57,14 +57,18 @@ class Tracer:
         url = endpoint if urlsplit(endpoint).path.strip("/") else endpoint.rstrip("/") + "/v1/traces"
         resource = Resource.create({"service.name": "dsengine", "service.version": __version__})
         self._provider = TracerProvider(resource=resource)
-        exporter = OTLPSpanExporter(endpoint=url, timeout=_EXPORT_SECONDS)
-        self._provider.add_span_processor(BatchSpanProcessor(exporter, export_timeout_millis=_EXPORT_SECONDS * 1000))
+        self._exporter = OTLPSpanExporter(endpoint=url, timeout=_EXPORT_SECONDS)
+        self._provider.add_span_processor(BatchSpanProcessor(self._exporter))
         self._tracer = self._provider.get_tracer("dsengine", __version__)
         self._propagator = TraceContextTextMapPropagator()
 
     async def close(self) -> None:
-        """Send what has not been sent yet."""
-        await asyncio.to_thread(self._provider.shutdown)
+        """Send what has not been sent yet, as far as the collector takes it in a few seconds."""
+        closing = asyncio.create_task(asyncio.to_thread(self._provider.shutdown))
+        await asyncio.wait((closing,), timeout=_EXPORT_SECONDS)
+        if not closing.done():
+            self._exporter.shutdown()
+        await closing
 
     def trace(self, record: RequestRecord) -> None:
         """Make the spans of a request that has ended."""
