@@ -21,6 +21,10 @@ PREFIX_WEIGHT = 16
 """Outstanding tokens that one known token of a prompt outweighs: it need not be computed, while most of those have been
 and only stand by. From 8 to 64 hit rates and throughput hardly differ in `benchmarks/routing.py`; below they fall."""
 
+PENDING_WEIGHT = 5
+"""How much each token of a prompt counts in a rank's load until its request has its first output: it is still to be
+computed, and while it is, the ranks in lock-step wait. Its callers count so; 5 is best of 1, 2, 5, 17 there."""
+
 
 class PrefixRouter:
     """Remembers what was sent to which rank.
@@ -52,7 +56,8 @@ class PrefixRouter:
         has seen. Equal ranks take turns.
 
         Args:
-            loads: outstanding tokens of every rank: all those of its requests that have not ended, as far as known.
+            loads: outstanding tokens of every rank: all those of its requests that have not ended, as far as known;
+                prompts without any output yet count `PENDING_WEIGHT` times.
 
         Raises:
             ValueError: `loads` has not one entry per rank.

@@ -19,6 +19,7 @@ from dsengine.engine.sampling_params import SamplingParams
 from dsengine.engine.scheduler import Scheduler, SchedulerConfig
 from dsengine.memory.block_manager import BlockManager
 from dsengine.memory.radix_cache import RadixCache
+from dsengine.parallel.prefix_routing import PENDING_WEIGHT
 from dsengine.simulate.routing import Router
 from dsengine.simulate.step_model import GroupStep, StepModel
 from dsengine.simulate.workload import OUTPUT_TOKEN, Conversation, Dialogue
@@ -57,7 +58,7 @@ class Group:
         self.cache = RadixCache(manager, config.block_size)
         self.scheduler = Scheduler(config, manager, self.cache)
         self.outstanding = 0
-        """Tokens of requests that have not ended, as far as they exist."""
+        """Tokens of requests that have not ended, as a router wants them counted."""
 
 
 @dataclass
@@ -141,7 +142,7 @@ class Instance:
         output = 1 if self._phase == "prefill" else dialogue.output_len
         params = SamplingParams(max_tokens=output, ignore_eos=True)
         self.groups[chosen].scheduler.add(Request(name, prompt, params, arrival_time=arrival))
-        self.groups[chosen].outstanding += len(prompt)
+        self.groups[chosen].outstanding += PENDING_WEIGHT * len(prompt)
         self._open[name] = _Open(dialogue, chosen)
 
     def _step(self) -> list[Dialogue]:
@@ -191,6 +192,7 @@ class Instance:
                 under_way = self._open[item.request.request_id]
                 count += 1
                 if under_way.latest is None:
+                    group.outstanding -= (PENDING_WEIGHT - 1) * item.request.num_prompt_tokens
                     self.record.first_token.append(now - item.request.arrival_time)
                 else:
                     gaps[now - under_way.latest] += 1
