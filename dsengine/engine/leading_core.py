@@ -31,7 +31,7 @@ from dsengine.engine.messages import (
 from dsengine.model.deepseek import DeepseekModel
 from dsengine.parallel.groups import World
 from dsengine.parallel.launch import RankProcesses
-from dsengine.parallel.prefix_routing import PrefixRouter
+from dsengine.parallel.prefix_routing import PENDING_WEIGHT, PrefixRouter
 from dsengine.parallel.watchdog import RanksFailedError, Watchdog
 
 EVERYBODY = -1
@@ -70,13 +70,14 @@ class Answer(msgspec.Struct, frozen=True, array_like=True):
     error: str | None = None
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Open:
-    """A request that has not ended: where it is, and its tokens so far."""
+    """A request that has not ended: where it is, its tokens so far, and what its prompt weighs beyond its tokens."""
 
     group: int
     salt: str
     token_ids: list[int]
+    pending: int
 
 
 class LeadingCore:
@@ -136,8 +137,8 @@ class LeadingCore:
             self.grammars.check(message.grammar.key)
         prompt, salt = message.prompt_token_ids, message.cache_salt
         group = self._router.route(prompt, salt, self._loads)
-        self._open[message.request_id] = _Open(group, salt, list(prompt))
-        self._loads[group] += len(prompt)
+        self._open[message.request_id] = _Open(group, salt, list(prompt), (PENDING_WEIGHT - 1) * len(prompt))
+        self._loads[group] += PENDING_WEIGHT * len(prompt)
         self._tell(group, message)
 
     def abort(self, request_ids: Sequence[str]) -> None:
@@ -207,14 +208,16 @@ class LeadingCore:
         if request is None:
             return
         request.token_ids.extend(update.new_token_ids)
-        self._loads[request.group] += len(update.new_token_ids)
+        if update.new_token_ids:
+            self._loads[request.group] += len(update.new_token_ids) - request.pending
+            request.pending = 0
         if update.finish_reason is not None:
             self._router.finished(request.group, request.token_ids, request.salt)
             self._forget(update.request_id)
 
     def _forget(self, request_id: str) -> None:
         request = self._open.pop(request_id)
-        self._loads[request.group] -= len(request.token_ids)
+        self._loads[request.group] -= len(request.token_ids) + request.pending
 
     def _tell(self, group: int, message: EngineInput) -> None:
         self._outbox.append((group, message))
