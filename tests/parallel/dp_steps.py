@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from tiny_checkpoints import CPU, Session
@@ -17,6 +18,12 @@ MAX_TOKENS = 96
 
 Schedule = list[list[list[int]]]
 """[step][group][request]: how many new tokens; 0 leaves the request out, a group may have none at all."""
+
+
+def options_of(case: dict[str, Any]) -> dict[str, Any]:
+    """How a case's model is loaded, as `load_tiny` takes it."""
+    options: dict[str, Any] = dict(case["options"])
+    return options | ({"dtype": getattr(torch, options["dtype"])} if "dtype" in options else {})
 
 
 @dataclass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from itertools import pairwise
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from dp_steps import GroupRun, Schedule
+from dp_steps import GroupRun, Schedule, options_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -30,7 +31,7 @@ RANKS = 4
 HUB_CONFIGS: dict[str, dict[str, Any]] = {
     "v3": TINY_CONFIGS["v3"],
     "v2_lite": TINY_CONFIGS["v2_lite"],
-    "v3_dequantized": TINY_CONFIGS["v3"] | {"quantization_config": FP8_QUANTIZATION, "vocab_size": 323},
+    "v3_fp8": TINY_CONFIGS["v3"] | {"quantization_config": FP8_QUANTIZATION, "vocab_size": 323},
 }
 
 # Some prefill; some decode beside them; one or three are idle.
@@ -43,6 +44,8 @@ MIXES: Schedule = [
 TP = {"experts_whole": False}
 EP = {"experts_whole": True}
 SENT = {"experts_whole": True, "moe_exchange": "all_to_all"}
+FP8 = {"weight_format": "fp8", "activation_format": "fp8"}
+BF16 = {"dtype": "bfloat16"}
 MOVING = {"redundant_experts": 4, "balances_experts": True}
 
 
@@ -84,8 +87,10 @@ def run_ranks(folder: Path, cases: list[dict[str, Any]]) -> tuple[list[dict[str,
     paths = [str(ROOT), str(HERE), str(ROOT / "tests" / "model")]
     env = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(HERE / "dp_worker.py")]
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
     ranks = [
-        subprocess.Popen([*command, str(rank), str(folder)], env=env, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen([*command, str(rank), str(folder), address], env=env, stderr=subprocess.PIPE, text=True)
         for rank in range(RANKS)
     ]
     try:
@@ -100,8 +105,13 @@ def run_ranks(folder: Path, cases: list[dict[str, Any]]) -> tuple[list[dict[str,
 
 
 def check(case: dict[str, Any], found: list[dict[str, torch.Tensor]]) -> None:
-    """Compare every rank's answers with those of the whole model to its group's requests."""
-    whole = load_tiny(Path(case["checkpoint"]), **case["options"])
+    """Compare every rank's answers with those of the whole model to its group's requests.
+
+    In float32 no logit may be off; where results are rounded coarsely on their way, a rounding may fall the other way,
+    and only the mean says something.
+    """
+    whole = load_tiny(Path(case["checkpoint"]), **options_of(case))
+    is_exact = not case["options"].keys() & {"dtype", "activation_format"}
     width = case["size"] // case["attn_dp_size"]
     for group in range(case["attn_dp_size"]):
         for number, schedule in enumerate(case["schedules"]):
@@ -110,9 +120,32 @@ def check(case: dict[str, Any], found: list[dict[str, torch.Tensor]]) -> None:
                     if rank % case["size"] // width != group:
                         continue
                     answer = found[rank][f"{case['name']}/{number}/{key}"]
-                    worst = float((answer - expected).abs().max()) if expected.numel() else 0.0
                     assert answer.shape == expected.shape
-                    assert worst < 1e-4, f"{case['name']}, schedule {number}, rank {rank}, {key}: off by {worst}"
+                    if expected.numel() == 0:
+                        continue
+                    difference = (answer - expected).abs()
+                    off = float(difference.max()) if is_exact else float(difference.mean() / expected.std())
+                    limit = 1e-4 if is_exact else 0.01
+                    assert off < limit, f"{case['name']}, schedule {number}, rank {rank}, {key}: off by {off}"
+
+
+def check_traffic(ranks: list[dict[str, int]], *, sent: bool) -> None:
+    """Bytes of one step of v2_lite, 8 tokens in each of 4 groups of one rank: only the MoE layers exchange anything."""
+    hub = HUB_CONFIGS["v2_lite"]
+    layers, result = hub["num_hidden_layers"] - hub["first_k_dense_replace"], 4 * hub["hidden_size"]
+    row = result + 16 + 16  # the values; weights and places of 3 experts
+    if not sent:
+        for traffic in ranks:
+            assert traffic["all_gather_bytes"] == layers * 8 * row
+            assert traffic["reduce_scatter_bytes"] == layers * RANKS * 8 * result
+            assert traffic["all_to_all_bytes"] == traffic["all_reduce_bytes"] == 0
+        return
+    counts = layers * RANKS * (RANKS - 1) * 8
+    moved = sum(traffic["all_to_all_bytes"] for traffic in ranks) - counts
+    tokens, rest = divmod(moved, row + result)
+    assert rest == 0, "what goes somewhere comes back"
+    assert layers * RANKS * 8 < tokens <= layers * RANKS * 8 * hub["num_experts_per_tok"]
+    assert all(sum(traffic.values()) == traffic["all_to_all_bytes"] for traffic in ranks)
 
 
 def test_groups_answer_as_the_whole_model(tmp_path: Path) -> None:
@@ -138,10 +171,17 @@ def test_groups_answer_as_the_whole_model(tmp_path: Path) -> None:
         case(lite, 4, 4, SENT, even),
         case(lite, 4, 4, EP, even),
         case(fp8, 4, 2, SENT, [MIXES]),
+        case(fp8, 4, 4, SENT | MOVING, [MIXES[:2]] * 2) | {"options": FP8},
+        case(fp8, 4, 4, EP, [MIXES[:2]]) | {"options": FP8},
+        case(v3, 4, 4, EP, [MIXES[:2]]) | {"options": BF16, "name": "bfloat16, gathered"},
+        case(v3, 4, 2, SENT, [MIXES[:2]]) | {"options": BF16, "name": "bfloat16, sent"},
         case(str(DEMO), 4, 4, SENT, [MIXES]),
         case(str(DEMO), 4, 4, EP, [MIXES]),
     ]
     found, told = run_ranks(tmp_path / "world", cases)
+    assert {address for rank in told for address in rank["listens on"]} == {"0100007F"}, "that is 127.0.0.1"
+    check_traffic([rank[case(lite, 4, 4, EP, even)["name"]]["traffic"] for rank in told], sent=False)
+    check_traffic([rank[case(lite, 4, 4, SENT, even)["name"]]["traffic"] for rank in told], sent=True)
     for one in cases:
         check(one, found)
         if one["layout"].get("balances_experts"):
