@@ -220,6 +220,9 @@ class DeviceSetup:
         if config.attn_dp_size > 1:
             logger.warning("decode runs without CUDA graphs: attention groups have batches of different sizes")
             return []
+        if config.moe_exchange == "all_to_all":
+            logger.warning("decode runs without CUDA graphs: the host waits to learn how many tokens go to which rank")
+            return []
         obstacles = operations_against_capture(self._kernels, self._weights.has_fp8)
         if obstacles:
             logger.warning("decode runs without CUDA graphs: %s may wait for the host", ", ".join(obstacles))
