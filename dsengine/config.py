@@ -290,11 +290,6 @@ class EngineConfig(ParallelConfig):
         _require_positive(self, "speculative_num_steps", "speculative_eagle_topk")
         if self.speculative_algorithm is not None:
             _require_choice(self, "speculative_algorithm", Speculation.__args__)  # type: ignore[attr-defined]
-            if self.attn_dp_size > 1:
-                raise ValueError(
-                    f"speculative_algorithm is {self.speculative_algorithm} and attn_dp_size is {self.attn_dp_size}; "
-                    "attention groups do not draft in step yet: leave one of them out"
-                )
         steps, topk, nodes = self.speculative_num_steps, self.speculative_eagle_topk, self.speculative_num_draft_tokens
         most = 1 + topk + (steps - 1) * topk**2
         if nodes is not None and not 2 <= nodes <= most:

@@ -12,8 +12,8 @@ context that are nobody's and are overwritten later.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -71,12 +71,20 @@ class NextNDrafter:
         kv_cache: the layer's cache, [blocks, block_size, width].
         num_rows: requests that can be under way at once.
         num_valid_tokens: ids from here on are never proposed.
+        meet: gives the tokens that every attention group has in the next pass, told this one's; None: there is one.
 
     Raises:
         ValueError: the model has no NextN layer.
     """
 
-    def __init__(self, model: DeepseekModel, kv_cache: Tensor, num_rows: int, num_valid_tokens: int) -> None:
+    def __init__(
+        self,
+        model: DeepseekModel,
+        kv_cache: Tensor,
+        num_rows: int,
+        num_valid_tokens: int,
+        meet: Callable[[int], tuple[int, ...] | None] = lambda num_tokens: None,
+    ) -> None:
         if model.nextn is None:
             raise ValueError(
                 "the checkpoint has no NextN layer to draft with (num_nextn_predict_layers is 0, or its tensors are "
@@ -86,6 +94,7 @@ class NextNDrafter:
         self._nextn = model.nextn
         self._kv_cache = kv_cache
         self._num_valid_tokens = num_valid_tokens
+        self._meet = meet
         # The main model's hidden state before each request's newest token: what the next drafts start from.
         self._hidden = torch.zeros((num_rows, model.config.hidden_size), dtype=model.dtype, device=model.device)
 
@@ -145,7 +154,28 @@ class NextNDrafter:
 
     def _run(self, hidden: Tensor, tokens: Tensor, batch: ForwardBatch) -> Tensor:
         """Pass nodes [B, E] through the layer, given the output [B, E, hidden_size] at their parents."""
+        batch = replace(batch, rank_tokens=self._meet(batch.num_tokens))
         return self._nextn.forward(hidden.flatten(0, 1), tokens.flatten(), batch, self._kv_cache).view(hidden.shape)
+
+    def wait_for_others(self) -> None:
+        """Take part in the passes of attention groups that still draft, with no tokens."""
+        while (rank_tokens := self._meet(0)) is not None and any(rank_tokens):
+            nothing = torch.empty(0, dtype=torch.int64, device=self._model.device)
+            batch = ForwardBatch(
+                input_ids=nothing,
+                positions=nothing,
+                slot_mapping=nothing,
+                block_table=nothing.to(torch.int32).view(0, 1),
+                cache_seqlens=nothing.to(torch.int32),
+                cu_seqlens_q=torch.zeros(1, dtype=torch.int32, device=self._model.device),
+                num_decodes=0,
+                num_decode_tokens=0,
+                query_lens=(),
+                context_lens=(),
+                logits_indices=nothing,
+                rank_tokens=rank_tokens,
+            )
+            self._nextn.forward(self._hidden[:0], nothing, batch, self._kv_cache)
 
     def _log_probs(self, outputs: Tensor) -> Tensor:
         """[B, F, hidden_size] → float32 [B, F, V]."""

@@ -35,8 +35,12 @@ class Agreement(Protocol):
     def tokens(self, token_ids: Tensor) -> Tensor:
         """Drawn tokens, int64 on the device; changed in place."""
 
-    def tree(self, wish: TreeShape | None) -> TreeShape | None:
-        """The shape of the next step's trees."""
+    def tree(self, wish: TreeShape | None, requests: int) -> TreeShape | None:
+        """The shape of the next step's trees: where there are several groups of ranks, what the one wishes that has
+        the most requests to draft for."""
+
+    def passes(self, num_tokens: int) -> tuple[int, ...] | None:
+        """Tokens of every group in the drafter's next pass, None where there is one group only."""
 
     def blocks(self, fitting: int) -> int:
         """The size of the cache, in blocks: where the least fit."""
@@ -55,8 +59,11 @@ class Alone:
     def tokens(self, token_ids: Tensor) -> Tensor:
         return token_ids
 
-    def tree(self, wish: TreeShape | None) -> TreeShape | None:
+    def tree(self, wish: TreeShape | None, requests: int) -> TreeShape | None:
         return wish
+
+    def passes(self, num_tokens: int) -> tuple[int, ...] | None:
+        return None
 
     def blocks(self, fitting: int) -> int:
         return fitting
@@ -80,10 +87,17 @@ class RankAgreement:
         [nanoseconds] = self._world.all_gather_ints([int(measured * 1e9)])[0]
         return nanoseconds * 1e-9
 
-    def tree(self, wish: TreeShape | None) -> TreeShape | None:
+    def tree(self, wish: TreeShape | None, requests: int) -> TreeShape | None:
         values = (0, 0, 0) if wish is None else (wish.steps, wish.topk, wish.num_nodes)
-        agreed = self._world.all_gather_ints(values)[0]
+        wishes = self._world.all_gather_ints((requests, *values))[:: self._world.attention.size]
+        _, *agreed = max(wishes, key=lambda row: row[0])
         return TreeShape(*agreed) if any(agreed) else None
+
+    def passes(self, num_tokens: int) -> tuple[int, ...] | None:
+        if self._world.dp_size == 1:
+            return None
+        counts = [count for [count] in self._world.all_gather_ints([num_tokens])]
+        return tuple(counts[:: self._world.attention.size])
 
     def blocks(self, fitting: int) -> int:
         return min(blocks for [blocks] in self._world.all_gather_ints([fitting]))

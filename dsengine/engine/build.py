@@ -16,8 +16,10 @@ from dsengine.engine.device_setup import CacheRow, DeviceSetup, available_memory
 from dsengine.engine.jump_forward import JumpForward
 from dsengine.engine.latency import LatencyController
 from dsengine.engine.launch import DeviceQueue, DirectQueue, StepLauncher
+from dsengine.engine.memory_ledger import MemoryLedger
 from dsengine.engine.memory_probe import CudaMemory
 from dsengine.engine.messages import EngineInfo
+from dsengine.engine.model_runner import ModelRunner
 from dsengine.engine.sampler import Sampler
 from dsengine.engine.scheduler import Scheduler, SchedulerConfig
 from dsengine.engine.self_test import verified_kernels
@@ -96,26 +98,13 @@ def build_engine(
         row=row,
         context_length=context_length,
         others=others,
-        agree_blocks=agreement.blocks,
+        agreement=agreement,
     )
     runner, ledger = setup.on_cpu() if memory is None else setup.on_cuda(memory, lambda: CudaGraphs(device))
     book = make_book(config, runner, agreement.seconds)
     overlap = book is None and not config.disable_overlap_schedule and (queue is not None or device.type == "cuda")
-    info = EngineInfo(
-        model=str(checkpoint),
-        context_length=context_length,
-        block_size=runner.pool.block_size,
-        num_blocks=runner.pool.num_blocks,
-        vocab_size=model_config.vocab_size,
-        dtype=str(dtype).removeprefix("torch."),
-        device=str(device),
-        kernels=kernels.table(),
-        load_seconds=time.monotonic() - started,
-        kv_cache_dtype=config.kv_cache_dtype if row.dtype == torch.uint8 else str(row.dtype).removeprefix("torch."),
-        cuda_graph_bs=runner.graphs.sizes if runner.graphs is not None else [],
-        overlap_schedule=overlap,
-        speculation=describe(config),
-        memory=ledger,
+    info = _info(
+        config, checkpoint, runner, kernels, ledger, context_length=context_length, started=started, overlap=overlap
     )
     return EngineCore(
         _scheduler(config, runner.pool, context_length),
@@ -128,6 +117,37 @@ def build_engine(
         agreement=agreement,
         jumps=None if config.disable_jump_forward else JumpForward(config.max_running_requests),
         latency=_latency(config),
+    )
+
+
+def _info(
+    config: EngineConfig,
+    checkpoint: Path,
+    runner: ModelRunner,
+    kernels: Kernels,
+    ledger: MemoryLedger,
+    *,
+    context_length: int,
+    started: float,
+    overlap: bool,
+) -> EngineInfo:
+    model, pool = runner.model, runner.pool
+    cache_dtype = pool.layers[0].dtype
+    return EngineInfo(
+        model=str(checkpoint),
+        context_length=context_length,
+        block_size=pool.block_size,
+        num_blocks=pool.num_blocks,
+        vocab_size=model.config.vocab_size,
+        dtype=str(model.dtype).removeprefix("torch."),
+        device=str(model.device),
+        kernels=kernels.table(),
+        load_seconds=time.monotonic() - started,
+        kv_cache_dtype=config.kv_cache_dtype if cache_dtype == torch.uint8 else str(cache_dtype).removeprefix("torch."),
+        cuda_graph_bs=runner.graphs.sizes if runner.graphs is not None else [],
+        overlap_schedule=overlap,
+        speculation=describe(config),
+        memory=ledger,
     )
 
 

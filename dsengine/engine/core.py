@@ -174,7 +174,8 @@ class EngineCore:
             return None
         load = self._scheduler.load()
         tree = self._book.choose(load)
-        return self._agreement.tree(tree if budget is None else within(tree, load.requests, budget))
+        wish = tree if budget is None else within(tree, load.requests, budget)
+        return self._agreement.tree(wish, load.requests)
 
     def _settle(self, launched: LaunchedStep | None) -> list[RequestUpdate]:
         """Waits for a step and enters its results; requests that have ended in the meantime get no update."""

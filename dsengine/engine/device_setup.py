@@ -17,6 +17,7 @@ from functools import partial
 import torch
 
 from dsengine.config import EngineConfig
+from dsengine.engine.agreement import Agreement, Alone
 from dsengine.engine.graph_runner import GraphBackend, GraphRunner, graph_batch_sizes, operations_against_capture
 from dsengine.engine.launch import DirectQueue, StepLauncher
 from dsengine.engine.memory_ledger import DeviceBudget, MemoryLedger, format_bytes
@@ -94,7 +95,7 @@ class DeviceSetup:
 
     Args:
         others: bytes of the device that were held before the model was loaded.
-        agree_blocks: makes of the blocks that fit here those that all ranks have.
+        agreement: with the other ranks that run the model.
     """
 
     def __init__(
@@ -107,9 +108,9 @@ class DeviceSetup:
         row: CacheRow,
         context_length: int,
         others: int,
-        agree_blocks: Callable[[int], int] = lambda fitting: fitting,
+        agreement: Agreement | None = None,
     ) -> None:
-        self._agree_blocks = agree_blocks
+        self._agreement = agreement if agreement is not None else Alone()
         self._config = config
         self._model = model
         self._block_size = config.block_size_on(model.device.type)
@@ -139,7 +140,7 @@ class DeviceSetup:
                 f"the KV cache would hold {num_tokens} tokens ({self._token_bytes} bytes each), less than two blocks "
                 f"of {size}; raise --mem-fraction-static (now {config.mem_fraction_static}) or --max-total-tokens"
             )
-        pool = self._pool(self._agree_blocks(num_tokens // size))
+        pool = self._pool(self._agreement.blocks(num_tokens // size))
         return self._runner(pool), self._ledger(total_memory(), pool)
 
     def on_cuda(self, probe: MemoryProbe, new_backend: Callable[[], GraphBackend]) -> tuple[ModelRunner, MemoryLedger]:
@@ -165,7 +166,7 @@ class DeviceSetup:
         )
         block_bytes = self._block_size * self._token_bytes
         num_blocks = budget.num_blocks(block_bytes, self._block_size, config.max_total_tokens)
-        pool = self._pool(self._agree_blocks(num_blocks))
+        pool = self._pool(self._agreement.blocks(num_blocks))
         graphs, kept = None, 0
         if sizes:
             before = probe.free()
@@ -246,7 +247,7 @@ class DeviceSetup:
         return _StepGraphs(runner(), runner(tokens_per_request=tree.num_nodes, has_branches=tree.topk > 1))
 
     def _runner(self, pool: KVCachePool, graphs: _StepGraphs | None = None) -> ModelRunner:
-        speculator = make_speculator(self._config, self._model, pool, self._sampler)
+        speculator = make_speculator(self._config, self._model, pool, self._sampler, self._agreement.passes)
         if graphs is None:
             return ModelRunner(self._model, pool, None, speculator)
         return ModelRunner(self._model, pool, graphs.plain, speculator, graphs.trees)

@@ -9,6 +9,7 @@ of ranks, and what the groups made of a step comes back here.
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -26,6 +27,7 @@ from dsengine.engine.messages import (
     LoadGrammar,
     LoadVocabulary,
     RequestUpdate,
+    SpeculationStats,
     StepOutput,
 )
 from dsengine.model.deepseek import DeepseekModel
@@ -340,4 +342,21 @@ def merge_stats(groups: Sequence[EngineStats]) -> EngineStats:
     counts = [field.name for field in msgspec.structs.fields(EngineStats) if field.type is int]
     summed = {name: sum(getattr(stats, name) for stats in groups) for name in counts}
     alike = {name: getattr(groups[0], name) for name in ("num_steps", "sleep_level")}
-    return EngineStats(**(summed | alike), groups=tuple(groups))
+    drafted = [stats.speculation for stats in groups if stats.speculation is not None]
+    return EngineStats(
+        **(summed | alike), speculation=_merge_speculation(drafted) if drafted else None, groups=tuple(groups)
+    )
+
+
+def _merge_speculation(groups: Sequence[SpeculationStats]) -> SpeculationStats:
+    """Counts of all groups; they draft at the same time, so that the seconds are those of the first."""
+    steps: Counter[str] = Counter()
+    for stats in groups:
+        steps.update(stats.steps)
+    return msgspec.structs.replace(
+        groups[0],
+        num_drafts=sum(stats.num_drafts for stats in groups),
+        lengths=[sum(counts) for counts in zip(*(stats.lengths for stats in groups), strict=True)],
+        tried=[sum(counts) for counts in zip(*(stats.tried for stats in groups), strict=True)],
+        steps=dict(steps),
+    )

@@ -7,6 +7,7 @@ is stored.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
@@ -53,9 +54,10 @@ def measure_steps(
         tree: largest trees that the launcher's runner drafts.
     """
     block_size = launcher.runner.pool.block_size
+    dp_size = launcher.runner.model.slots.layout.dp_size
     decodes = min(max_running_requests, token_budget)
     steps = [
-        largest_step(count, token_budget - count, context_length=context_length, block_size=block_size)
+        largest_step(count, token_budget - count, context_length=context_length, block_size=block_size, dp_size=dp_size)
         for count in (0, decodes)
     ]
     if tree is not None:
@@ -64,8 +66,11 @@ def measure_steps(
     return max(probe.extra_needed(lambda step=step: launcher.compute(step, None)) for step in steps)  # type: ignore[misc]
 
 
-def largest_step(num_decodes: int, num_prompt_tokens: int, *, context_length: int, block_size: int) -> PreparedStep:
-    """A step of `num_decodes` decodes at the end of their context, and of prompts that continue long ones."""
+def largest_step(
+    num_decodes: int, num_prompt_tokens: int, *, context_length: int, block_size: int, dp_size: int = 1
+) -> PreparedStep:
+    """A step of `num_decodes` decodes at the end of their context, and of prompts that continue long ones; the same in
+    every attention group."""
     chunks = [(1, context_length - 1)] * num_decodes
     while num_prompt_tokens > 0:
         tokens = min(num_prompt_tokens, context_length)
@@ -82,7 +87,10 @@ def largest_step(num_decodes: int, num_prompt_tokens: int, *, context_length: in
         if num_decodes == 0:
             prompts.append(PromptRows(scheduled, first, first + tokens - 1))
         first += tokens
-    return PreparedStep(_inputs(chunks, context_length, block_size), tuple(sampled), tuple(prompts))
+    inputs = _inputs(chunks, context_length, block_size)
+    if dp_size > 1:
+        inputs = replace(inputs, rank_tokens=(inputs.num_tokens,) * dp_size)
+    return PreparedStep(inputs, tuple(sampled), tuple(prompts))
 
 
 def tree_step(launcher: StepLauncher, count: int, tree: TreeShape, context_length: int) -> PreparedStep:
@@ -95,7 +103,9 @@ def tree_step(launcher: StepLauncher, count: int, tree: TreeShape, context_lengt
         request.block_table = [0] * -(-(start + tree.num_slots) // block_size)
         drafts = tree.num_nodes - 1
         scheduled.append(ScheduledRequest(request, start, tree.num_nodes, samples=True, num_drafts=drafts))
-    return launcher.runner.prepare(ScheduledBatch(scheduled, tree=tree), {})
+    batch = ScheduledBatch(scheduled, tree=tree)
+    dp_size = launcher.runner.model.slots.layout.dp_size
+    return launcher.runner.prepare(batch, {}, (batch.num_tokens,) * dp_size if dp_size > 1 else None)
 
 
 def _inputs(chunks: Sequence[tuple[int, int]], context_length: int, block_size: int) -> BatchInputs:

@@ -171,6 +171,12 @@ class Speculator:
 
     def draft(self, plan: PreparedDrafts) -> TokenTree | None:
         """The step's trees, None if it has none."""
+        tree = self._draft(plan)
+        if self._nextn is not None and plan.shape is not None and not plan.only_proposals:
+            self._nextn.wait_for_others()
+        return tree
+
+    def _draft(self, plan: PreparedDrafts) -> TokenTree | None:
         if not plan.trees:
             return None
         assert plan.shape is not None

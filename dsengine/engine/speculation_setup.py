@@ -29,9 +29,16 @@ def largest_tree_shape(config: EngineConfig) -> TreeShape:
 
 
 def make_speculator(
-    config: EngineConfig, model: DeepseekModel, pool: KVCachePool, sampler: Sampler
+    config: EngineConfig,
+    model: DeepseekModel,
+    pool: KVCachePool,
+    sampler: Sampler,
+    meet: Callable[[int], tuple[int, ...] | None] = lambda num_tokens: None,
 ) -> Speculator | None:
     """What drafts (or takes the proposals of grammars) and verifies, None where the flags do not ask for it.
+
+    Args:
+        meet: as in `NextNDrafter`.
 
     Raises:
         ValueError: the checkpoint has nothing to draft with, or fewer tokens than the trees are wide.
@@ -59,7 +66,7 @@ def make_speculator(
             "its tensors are missing); use NGRAM, or leave it out"
         )
     else:
-        drafter = NextNDrafter(model, pool.layers[-1], config.max_running_requests, sampler.num_valid_tokens)
+        drafter = NextNDrafter(model, pool.layers[-1], config.max_running_requests, sampler.num_valid_tokens, meet)
     return Speculator(
         pool,
         sampler,

@@ -9,12 +9,14 @@ from __future__ import annotations
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from dsengine.model.config import ModelConfig
 from dsengine.model.deepseek import DeepseekModel
+from dsengine.model.forward_batch import ForwardBatch
 from dsengine.model.teacher_forcing import forced_batch, num_blocks
 from dsengine.plan.hardware import Gpu
 from dsengine.plan.layout import Layout
@@ -114,22 +116,29 @@ class MeasuredCosts:
         run(text, tokens, cache)
         return self._agree(time.perf_counter() - start)
 
-    def _run_main(self, text: list[int], tokens: int, cache: Tensor) -> None:
+    def _batch(self, text: list[int], tokens: int) -> ForwardBatch:
+        """The last tokens of a text, as many in every attention group."""
         model = self._model
         batch = forced_batch([text], model.device, spans=[(len(text) - tokens, len(text))], absorbed=True)
+        dp_size = model.slots.layout.dp_size
+        return batch if dp_size == 1 else replace(batch, rank_tokens=(tokens,) * dp_size)
+
+    def _run_main(self, text: list[int], tokens: int, cache: Tensor) -> None:
+        model = self._model
+        batch = self._batch(text, tokens)
         model.compute_logits(model.forward(batch, [cache] * len(model.layers)))
 
     def _run_draft(self, text: list[int], tokens: int, cache: Tensor) -> None:
         model = self._model
         assert model.nextn is not None
-        batch = forced_batch([text], model.device, spans=[(len(text) - tokens, len(text))], absorbed=True)
+        batch = self._batch(text, tokens)
         hidden = model.embed(batch.input_ids)
         model.compute_logits(model.nextn.forward(hidden, batch.input_ids, batch, cache))
 
     def _run_catch_up(self, text: list[int], tokens: int, cache: Tensor) -> None:
         model = self._model
         assert model.nextn is not None
-        batch = forced_batch([text], model.device, spans=[(len(text) - tokens, len(text))], absorbed=True)
+        batch = self._batch(text, tokens)
         hidden = model.embed(batch.input_ids)
         model.nextn.store(hidden, batch.input_ids, batch.positions, batch.slot_mapping, cache)
 

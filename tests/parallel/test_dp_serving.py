@@ -42,10 +42,14 @@ def expected() -> dict[int, list[int]]:
     return {n: output.outputs[0].token_ids for n, output in zip(PROMPT_LENGTHS, outputs, strict=True)}
 
 
-@pytest.fixture(scope="module")
-def groups() -> Iterator[LLM]:
-    with LLM(**OPTIONS, tp_size=2, attn_dp_size=2, dist_timeout=60) as llm:
+@pytest.fixture(scope="module", params=["plain", "NextN"])
+def groups(request: pytest.FixtureRequest) -> Iterator[LLM]:
+    trees = {"speculative_algorithm": "NEXTN", "speculative_eagle_topk": 2, "speculative_num_steps": 2}
+    options = OPTIONS | (trees if request.param == "NextN" else {})
+    with LLM(**options, tp_size=2, attn_dp_size=2, dist_timeout=60) as llm:
         yield llm
+        speculation = llm.core.stats().speculation
+        assert request.param == "plain" or (speculation is not None and speculation.num_accepted > 0)
 
 
 # What happens between two steps: requests come (length of the prompt, length of the output), one is aborted, nobody
@@ -103,7 +107,7 @@ def check_schedule(llm: LLM, events: list[Any], expected: dict[int, list[int]], 
 
 
 @pytest.mark.timeout(280)
-@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(events=_EVENTS, name=st.uuids().map(str))
 def test_any_schedule(groups: LLM, expected: dict[int, list[int]], events: list[Any], name: str) -> None:
     check_schedule(groups, events, expected, name)
