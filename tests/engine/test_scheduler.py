@@ -162,6 +162,18 @@ def test_a_more_important_request_gets_the_place_of_the_least_important() -> Non
     assert sim.finished[0].request_id == "boss"
 
 
+def test_waiting_is_counted_until_the_first_admission_only() -> None:
+    sim = simulate(max_running_requests=1)
+    first = sim.add("first", prompt(5), 50, arrival_time=1.0)
+    sim.step(now=1.5)
+    second = sim.add("second", prompt(5, 100), 5, arrival_time=2.0, priority=1)
+    assert second.queue_seconds is None
+    assert [r.request_id for r in sim.step(now=4.0).preempted] == ["first"]
+    while sim.scheduler.has_work:
+        sim.step(now=9.0)
+    assert [request.queue_seconds for request in (first, second)] == [0.5, 2.0] and first.num_preemptions == 1
+
+
 def test_admission_leaves_room_for_running_outputs() -> None:
     # 10 blocks; "a" needs 2 and may grow by 4, "b" needs 2 and may grow by 4: together 12.
     sim = simulate(num_blocks=10, decode_reserve_tokens=16)

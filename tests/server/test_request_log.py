@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import sys
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 from server_helpers import MODEL, ScriptedEngine, make_app
-from test_front_door import app_of, send, tokenizer
+from test_front_door import app_of, http_scope, send, tokenizer
 
 from dsengine.config import ServerConfig
 from dsengine.server.app import App
@@ -86,6 +87,35 @@ def test_refused_and_failed_requests(caplog: pytest.LogCaptureFixture) -> None:
     engine.die_at = 0
     fields = fields_of(make_app(engine, log_requests=True), caplog, "/v1/chat/completions", CHAT)
     assert fields["status"] == 503 and fields["finish_reasons"] == ["error"] and fields["first_token_ms"] is None
+
+
+def test_a_client_that_leaves(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "dsengine.access")
+    engine = ScriptedEngine(tokenizer())
+    engine.hold_at = 2
+    app = make_app(engine, log_requests=True)
+    body = json.dumps(CHAT | {"stream": True}).encode()
+
+    async def scenario() -> None:
+        unsent = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def receive() -> Any:
+            if unsent:
+                return unsent.pop()
+            while not engine.num_held:
+                await asyncio.sleep(0.001)
+            return {"type": "http.disconnect"}
+
+        async def drop(message: Any) -> None:
+            pass
+
+        headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+        await app(http_scope("/v1/chat/completions", headers=headers), receive, drop)
+
+    asyncio.run(scenario())
+    [record] = [r for r in caplog.records if r.name == "dsengine.access"]
+    fields = getattr(record, FIELDS)
+    assert fields["finish_reasons"] == ["abort"] and fields["completion_tokens"] == 2 and not engine.running
 
 
 def log_record(message: str, *args: object, **extra: Any) -> logging.LogRecord:
