@@ -115,7 +115,7 @@ def build_engine(
         overlap=overlap,
         book=book,
         agreement=agreement,
-        jumps=None if config.disable_jump_forward else JumpForward(config.max_running_requests),
+        jumps=_jumps(config, has_graphs=runner.graphs is not None),
         latency=_latency(config),
     )
 
@@ -202,6 +202,10 @@ def _kernels(
     with torch.inference_mode():
         kernels, _ = verified_kernels(device, config.forced_kernels, maker.probes())
     return kernels
+
+
+def _jumps(config: EngineConfig, *, has_graphs: bool) -> JumpForward | None:
+    return None if config.disable_jump_forward else JumpForward(config.max_running_requests, has_graphs=has_graphs)
 
 
 def _latency(config: EngineConfig) -> LatencyController | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
+from itertools import pairwise
 from weakref import WeakKeyDictionary
 
 from dsengine.engine.request import Request
@@ -19,6 +20,7 @@ LONGEST = 24
 """Tokens of one proposal, at most."""
 
 _FIRST = 8  # tokens of a request's first proposal
+_SHORTEST_WITH_GRAPHS = 4  # an estimate: launching a step's kernels one by one takes as long as two or three steps
 _MAX_BYTES = 4 * LONGEST
 # Rows of logits that the chains of one step may take in all.
 _MAX_ROWS = 256
@@ -42,7 +44,7 @@ class Speller:
         parts = [bytes([byte]) for byte in text.encode()[:_MAX_BYTES]]
         ids, none = self._ids, len(self._ids) + 1
         while len(parts) > 1:
-            ranks = [ids.get(left + right, none) for left, right in zip(parts, parts[1:], strict=False)]
+            ranks = [ids.get(left + right, none) for left, right in pairwise(parts)]
             lowest = min(ranks)
             if lowest == none:
                 break
@@ -54,12 +56,16 @@ class Speller:
 class JumpForward:
     """Which requests have proposals, and what has come of them.
 
+    Args:
+        has_graphs: decode steps are captured, and those with chains are not: then only long ones are worth it.
+
     Attributes:
         num_tokens: proposed tokens that were accepted.
     """
 
-    def __init__(self, max_running_requests: int) -> None:
+    def __init__(self, max_running_requests: int, *, has_graphs: bool = False) -> None:
         self.num_tokens = 0
+        self._shortest = _SHORTEST_WITH_GRAPHS if has_graphs else 1
         self._max_rows = min(_MAX_ROWS, max_running_requests)
         self._requests: dict[Request, None] = {}
         self._limits: WeakKeyDictionary[Request, int] = WeakKeyDictionary()
@@ -97,4 +103,4 @@ class JumpForward:
         # All chains of a step are equally long; what one is too short for waits for the next step.
         mean = -(-sum(len(request.proposal) for request in self._requests) // len(self._requests))
         length = min(room, mean)
-        return TreeShape(length, 1, length + 1) if length > 0 else None
+        return TreeShape(length, 1, length + 1) if length >= self._shortest else None

@@ -207,9 +207,11 @@ class ChatCompletionRequest(_Sampling, _ChatInput):
 
     @model_validator(mode="after")
     def _refuse_unsupported(self) -> Self:
-        for name in ("functions", "audio", "prediction", "web_search_options", "verbosity"):
+        for name in ("functions", "audio", "prediction", "web_search_options"):
             if getattr(self, name):
                 raise unsupported(name)
+        if self.verbosity not in (None, "medium"):
+            raise unsupported("verbosity", " except for medium")
         if self.function_call not in (None, "none", "auto"):
             raise unsupported("function_call")
         if self.modalities not in (None, ["text"]):

@@ -6,6 +6,7 @@ import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,9 +16,11 @@ from tiny_engine import random_prompts, use_queue, write_tiny_checkpoint
 from dsengine import LLM, SamplingParams
 from dsengine.demo import CHECKPOINT_DIR
 from dsengine.engine.grammar import GrammarStore
-from dsengine.engine.jump_forward import LONGEST, Speller
+from dsengine.engine.jump_forward import LONGEST, JumpForward, Speller
 from dsengine.engine.messages import AddRequest, GrammarUse, RequestUpdate
+from dsengine.engine.request import Request, RequestStatus
 from dsengine.server.grammar.vocabulary import vocabulary
+from dsengine.specdec.shape import TreeShape
 from dsengine.tokenizer.tokenizer import Tokenizer
 
 xgrammar = pytest.importorskip("xgrammar")
@@ -178,6 +181,33 @@ def test_proposals_are_what_must_come_and_leave_the_matcher_alone() -> None:
     assert state.propose(proposal, LONGEST) == ()
     behind = store.start("schema", 77)
     assert behind.propose([5, 6], LONGEST) == () and behind.propose([5, 6, 77], LONGEST)
+
+
+@pytest.mark.parametrize(("has_graphs", "length", "chain"), [(False, 1, 1), (True, 3, None), (True, 9, 9)])
+def test_beside_captured_steps_short_chains_are_not_worth_it(has_graphs: bool, length: int, chain: int | None) -> None:
+    jumps = JumpForward(64, has_graphs=has_graphs)
+    state = SimpleNamespace(propose=lambda output, limit: tuple(range(length)))
+    jumps.look([Request("r", [1], SamplingParams(), grammar=state)])  # type: ignore[arg-type]
+    shape = jumps.chains()
+    assert shape == (None if chain is None else TreeShape(chain, 1, chain + 1))
+
+
+def test_proposals_grow_and_shrink_with_what_is_followed() -> None:
+    jumps, limits = JumpForward(64), list[int]()
+
+    def propose(output: Sequence[int], limit: int) -> tuple[int, ...]:
+        limits.append(limit)
+        return tuple(range(limit))
+
+    request = Request("r", [1], SamplingParams(), grammar=SimpleNamespace(propose=propose))  # type: ignore[arg-type]
+    for accepted in (1.0, 1.0, 0.25, 0.0, 1.0):
+        jumps.look([request])
+        shape = jumps.chains()
+        assert shape is not None
+        jumps.enter(request, shape, int(accepted * shape.max_depth))
+    assert limits == [8, 16, LONGEST, LONGEST // 4 + 2, 2]
+    request.status = RequestStatus.FINISHED
+    assert jumps.chains() is None
 
 
 def test_texts_are_spelled_as_the_tokenizer_does() -> None:
