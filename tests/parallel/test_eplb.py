@@ -6,10 +6,12 @@ import random
 from collections import Counter
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsengine.parallel.eplb import imbalance, keep_places, place_experts, plan_moves, rank_loads
+from dsengine.parallel.expert_places import ExpertPlaces
 
 
 def skewed(experts: int, exponent: float, seed: int) -> list[float]:
@@ -89,6 +91,16 @@ def test_every_placement_is_sound_and_its_moves_make_it(data: st.DataObject) -> 
         assert move.source // per_rank != move.target // per_rank, "what a rank has need not move"
         result[move.target] = old[move.source]
     assert result == new
+
+
+def test_copies_take_turns_and_every_token_is_counted() -> None:
+    places = ExpertPlaces(3, [0, 1, 2, 1], max_copies=2, turn=1, device=torch.device("cpu"))
+    ids = torch.tensor([[1, 0], [1, 2], [2, 1]])
+    assert places(ids).tolist() == [[3, 0], [1, 2], [2, 3]]
+    assert places.loads.tolist() == [1, 3, 2]
+    places.update([1, 2, 0, 0])
+    assert places(ids).tolist() == [[0, 3], [0, 1], [1, 0]]
+    assert places.loads.tolist() == [2, 6, 4]
 
 
 @pytest.mark.parametrize(("places", "message"), [(7, "from 8"), (10, "multiple of the 4"), (36, "to 32")])

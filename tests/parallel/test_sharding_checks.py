@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -58,6 +59,29 @@ def test_what_does_not_divide_is_named(change: dict[str, int], message: str) -> 
         check_layout(config, tp_size=4, experts_whole=True, keeps_fp8=False)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"attn_dp_size": 3}, "attn_dp_size is 3; it must divide the number of ranks, 4"),
+        ({"moe_exchange": "pipes"}, "moe_exchange is 'pipes'; expected 'gather' or 'all_to_all'"),
+        ({"experts_whole": False, "moe_exchange": "all_to_all"}, "'all_to_all', which needs whole experts"),
+        ({"experts_whole": False, "redundant_experts": 4}, "redundant_experts is 4, which needs whole experts"),
+        ({"redundant_experts": 3}, "n_routed_experts is 16 and redundant_experts 3, which is not a multiple of 4"),
+        ({"redundant_experts": 52}, "redundant_experts is 52, and must be from 0 to 48"),
+        ({"redundant_experts": -4}, "redundant_experts is -4"),
+    ],
+)
+def test_exchanges_and_copies_that_cannot_be(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_layout(TINY, **({"tp_size": 4, "experts_whole": True, "keeps_fp8": False} | options))
+
+
+def test_groups_need_less_of_attention_than_all_ranks_would() -> None:
+    with pytest.raises(ValueError, match="num_attention_heads is 4, which is not a multiple of 8"):
+        check_layout(TINY, tp_size=8, experts_whole=True, keeps_fp8=False)
+    check_layout(TINY, tp_size=8, attn_dp_size=2, experts_whole=True, keeps_fp8=False, redundant_experts=8)
+
+
 def test_no_ranks() -> None:
     with pytest.raises(ValueError, match="number of ranks is 0"):
         check_layout(TINY, tp_size=0, experts_whole=False, keeps_fp8=False)
@@ -67,6 +91,19 @@ def test_no_ranks() -> None:
 def test_impossible_worlds(tmp_path: Path, rank: int, size: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         join_world(rank, size, device=torch.device("cpu"), rendezvous=tmp_path / "file", timeout_s=1)
+
+
+@pytest.mark.parametrize(
+    ("attn_dp_size", "rendezvous", "message"),
+    [
+        (3, "127.0.0.1:1", "attn_dp_size is 3; it must divide the number of ranks, 4"),
+        (1, "nowhere", "the address is 'nowhere'; it must have the form HOST:PORT"),
+        (1, "host:name", "the address is 'host:name'"),
+    ],
+)
+def test_impossible_meetings(attn_dp_size: int, rendezvous: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        join_world(0, 4, attn_dp_size=attn_dp_size, device=torch.device("cpu"), rendezvous=rendezvous, timeout_s=1)
 
 
 def test_one_process_holds_everything() -> None:
