@@ -146,14 +146,13 @@ class TreeController:
     Args:
         largest: the largest tree allowed.
         costs: of the model on this device; None always takes `largest`.
-        shapes: those to choose from, beside none at all; by default all of the ladder.
     """
 
-    def __init__(self, largest: TreeShape, costs: StepCosts | None, shapes: Sequence[TreeShape] | None = None) -> None:
+    def __init__(self, largest: TreeShape, costs: StepCosts | None) -> None:
         self.largest = largest
         self.acceptance = Acceptance()
         self._costs = costs
-        self._shapes: tuple[TreeShape | None, ...] = (None, *(ladder(largest) if shapes is None else shapes))
+        self._shapes: tuple[TreeShape | None, ...] = (None, *ladder(largest))
         self._current: TreeShape | None = largest
 
     @property

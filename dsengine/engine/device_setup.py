@@ -18,7 +18,13 @@ import torch
 
 from dsengine.config import EngineConfig
 from dsengine.engine.agreement import Agreement, Alone
-from dsengine.engine.graph_runner import GraphBackend, GraphRunner, graph_batch_sizes, operations_against_capture
+from dsengine.engine.graph_runner import (
+    GraphBackend,
+    GraphRunner,
+    TreeGraphs,
+    graph_batch_sizes,
+    operations_against_capture,
+)
 from dsengine.engine.launch import DirectQueue, StepLauncher
 from dsengine.engine.memory_ledger import DeviceBudget, MemoryLedger, format_bytes
 from dsengine.engine.memory_probe import MemoryProbe, weigh
@@ -31,6 +37,7 @@ from dsengine.kernels.registry import Kernels
 from dsengine.memory.kv_cache import KVCachePool
 from dsengine.model.config import ModelConfig
 from dsengine.model.deepseek import DeepseekModel
+from dsengine.specdec.controller import ladder
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +88,7 @@ class _StepGraphs:
     """Graphs of plain decode steps, and of those that verify trees."""
 
     plain: GraphRunner
-    trees: GraphRunner | None
+    trees: TreeGraphs | None
 
     def capture(self, sizes: Sequence[int]) -> None:
         self.plain.capture(sizes)
@@ -244,7 +251,9 @@ class DeviceSetup:
         tree = self._tree
         if tree is None:
             return _StepGraphs(runner(), None)
-        return _StepGraphs(runner(), runner(tokens_per_request=tree.num_nodes, has_branches=tree.topk > 1))
+        # Where the tree is chosen for each step, it may be any of the ladder.
+        shapes = [tree] if self._config.speculative_adaptive is False else ladder(tree)
+        return _StepGraphs(runner(), TreeGraphs(runner, shapes))
 
     def _runner(self, pool: KVCachePool, graphs: _StepGraphs | None = None) -> ModelRunner:
         speculator = make_speculator(self._config, self._model, pool, self._sampler, self._agreement.passes)

@@ -20,6 +20,7 @@ from dsengine.engine.batch_inputs import BatchInputs
 from dsengine.kernels.registry import Kernels
 from dsengine.model.forward_batch import ForwardBatch
 from dsengine.model.transfer import upload
+from dsengine.specdec.shape import TreeShape
 from dsengine.specdec.tree import TokenTree
 
 GraphFunction = Callable[[], None]
@@ -133,6 +134,10 @@ class GraphRunner:
             batch = self._first_requests(static, size)
             self._graphs[size] = self._backend.capture(lambda batch=batch: self._compute(batch))  # type: ignore[misc]
 
+    def write_where(self, other: GraphRunner) -> None:
+        """Write the results where another runner does, which has captured as many rows at least; before `capture`."""
+        self._outputs = other._outputs
+
     def fits(self, inputs: BatchInputs) -> bool:
         """Whether there is a graph for this batch: equally many new tokens everywhere, and all their outputs wanted."""
         per_request, count = self._tokens_per_request, inputs.num_requests
@@ -232,3 +237,37 @@ class GraphRunner:
             logits_indices=batch.logits_indices[:tokens],
             tree_mask=None if batch.tree_mask is None else batch.tree_mask[:tokens],
         )
+
+
+class TreeGraphs:
+    """Graphs that verify trees, for every shape that may be asked for.
+
+    What is captured depends on the number of nodes and on whether they branch. There are few of these: a chain of every
+    depth, and a tree of every number of generations. Their results share one place.
+
+    Args:
+        new_runner: makes a runner, given `tokens_per_request` and `has_branches`.
+        shapes: of the trees.
+    """
+
+    def __init__(self, new_runner: Callable[..., GraphRunner], shapes: Sequence[TreeShape]) -> None:
+        kinds = sorted({_kind(shape) for shape in shapes}, reverse=True)
+        self._runners = {
+            (nodes, branches): new_runner(tokens_per_request=nodes, has_branches=branches) for nodes, branches in kinds
+        }
+
+    def capture(self, sizes: Sequence[int]) -> None:
+        """Captures a graph for each size and shape; those of most nodes first."""
+        runners = list(self._runners.values())
+        for runner in runners:
+            if runner is not runners[0]:
+                runner.write_where(runners[0])
+            runner.capture(sizes)
+
+    def of(self, shape: TreeShape) -> GraphRunner | None:
+        """The runner for trees of this shape, None if there is none."""
+        return self._runners.get(_kind(shape))
+
+
+def _kind(shape: TreeShape) -> tuple[int, bool]:
+    return shape.num_nodes, shape.topk > 1

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dsengine.engine.batch import ScheduledBatch, ScheduledRequest
 from dsengine.engine.batch_inputs import BatchInputs, build_inputs
-from dsengine.engine.graph_runner import GraphRunner
+from dsengine.engine.graph_runner import GraphRunner, TreeGraphs
 from dsengine.engine.request import Request
 from dsengine.engine.speculation import PreparedDrafts, Speculator, with_trees
 from dsengine.memory.kv_cache import KVCachePool
@@ -74,7 +74,7 @@ class ModelRunner:
 
     Args:
         graphs: captured decode steps, as from `GraphRunner.capture`.
-        tree_graphs: captured steps that verify the speculator's largest trees.
+        tree_graphs: captured steps that verify the speculator's trees.
         speculator: drafts trees and verifies them; None decodes token by token.
     """
 
@@ -84,7 +84,7 @@ class ModelRunner:
         pool: KVCachePool,
         graphs: GraphRunner | None = None,
         speculator: Speculator | None = None,
-        tree_graphs: GraphRunner | None = None,
+        tree_graphs: TreeGraphs | None = None,
     ) -> None:
         self.model = model
         self.pool = pool
@@ -121,7 +121,7 @@ class ModelRunner:
             tree: of the step's first requests.
         """
         needs_hidden = bool(step.prompts) or (self.speculator is not None and self.speculator.needs_hidden)
-        graphs = self.graphs if tree is None else self.tree_graphs
+        graphs = self._graphs_for(step)
         if graphs is not None and not step.prompts and graphs.fits(step.inputs):
             logits, *hidden_states = graphs.run(step.inputs, drawn, tree)
             if not hidden_states:
@@ -134,6 +134,12 @@ class ModelRunner:
         hidden = self.model.forward(batch, self.pool.layers)
         logits = self.model.compute_logits(hidden[batch.logits_indices])
         return StepOutputs(logits, hidden, batch) if needs_hidden else StepOutputs(logits, None)
+
+    def _graphs_for(self, step: PreparedStep) -> GraphRunner | None:
+        shape = step.drafts.shape if step.drafts is not None and step.drafts.trees else None
+        if shape is None:
+            return self.graphs
+        return self.tree_graphs.of(shape) if self.tree_graphs is not None else None
 
 
 def _part(scheduled: ScheduledRequest) -> int:

@@ -94,9 +94,7 @@ def make_book(
         costs = _costs(runner, agree)
         if config.speculative_algorithm == "NGRAM":
             costs = _FreeDrafts(costs)
-    # Any other tree would cost a launch per kernel.
-    shapes = [largest] if runner.tree_graphs is not None else None
-    return SpeculationBook(TreeController(largest, costs, shapes), runner.speculator.times)
+    return SpeculationBook(TreeController(largest, costs), runner.speculator.times)
 
 
 def describe(config: EngineConfig) -> str:

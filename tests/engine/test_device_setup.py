@@ -28,6 +28,8 @@ from dsengine.engine.sampler import Sampler
 from dsengine.kernels.registry import Choice, Kernels, select_kernels
 from dsengine.model.config import ModelConfig
 from dsengine.model.loader import load_model
+from dsengine.specdec.controller import ladder
+from dsengine.specdec.shape import TreeShape
 
 CPU = torch.device("cpu")
 MIB = 2**20
@@ -251,4 +253,9 @@ def test_steps_with_trees_are_tried_and_captured(parts: tuple[Any, Kernels], top
     runner, _ = set_up(parts, memory, mem_fraction_static=0.2, speculative_algorithm="NEXTN", **options)
     assert memory.tried == 3 and memory.graphs == []
     assert runner.graphs is not None and runner.tree_graphs is not None and runner.speculator is not None
-    assert runner.graphs.sizes == runner.tree_graphs.sizes == [1, 2, 4, 8, 12]
+    assert runner.graphs.sizes == [1, 2, 4, 8, 12]
+    # Every tree that may be chosen has its graphs: chains of each depth, and trees of each number of generations.
+    for shape in ladder(TreeShape(3, topk, 4)):
+        graphs = runner.tree_graphs.of(shape)
+        assert graphs is not None and graphs.sizes == runner.graphs.sizes
+    assert runner.tree_graphs.of(TreeShape(5, 1, 6)) is None

@@ -16,12 +16,15 @@ from replayed_graphs import ReplayedGraphs
 from tiny_engine import GREEDY, random_prompts, tokens
 
 from dsengine import LLM, SamplingParams
-from dsengine.engine.graph_runner import GraphRunner
+from dsengine.engine.graph_runner import GraphRunner, TreeGraphs
 from dsengine.engine.messages import AddRequest, RequestUpdate
 from dsengine.engine.model_runner import ModelRunner, decode_function
 from dsengine.engine.request import Request
+from dsengine.engine.speculation_book import SpeculationBook
 from dsengine.model.random_checkpoint import write_random_checkpoint
 from dsengine.model.teacher_forcing import forced_batch, num_blocks
+from dsengine.specdec.controller import TreeController, ladder
+from dsengine.specdec.shape import TreeShape
 
 TREES = [(1, 1, 2), (2, 1, 3), (5, 1, 6), (1, 8, 9), (2, 2, 4), (3, 4, 8), (5, 8, 24)]
 PARAMS = [
@@ -303,18 +306,23 @@ def test_captured_steps_write_the_same_answers(
     with engine(checkpoint, tree) as llm:
         launcher = llm.core._launcher
         runner = launcher.runner
+        assert runner.speculator is not None
         backend = ReplayedGraphs()
         place: Any = {"device": runner.device, "block_size": runner.pool.block_size, "context_length": 512}
         function = partial(decode_function, runner.model, runner.pool, with_hidden=True)
         plain = GraphRunner(function, backend, **place)
-        trees = GraphRunner(function, backend, tokens_per_request=tree[2], has_branches=tree[1] > 1, **place)
+        trees = TreeGraphs(partial(GraphRunner, function, backend, **place), ladder(TreeShape(*tree)))
         with torch.inference_mode():
             plain.capture([1, 4, 16])
             trees.capture([2, 5, 12])
         launcher.runner = ModelRunner(runner.model, runner.pool, plain, runner.speculator, trees)
         assert answers(llm, prompts, params) == expected
-        assert sum(graph.num_replays for graph in backend.captured[3:]) > 2
         assert sum(graph.num_replays for graph in backend.captured[:3]) == 0
+        for shape in ladder(TreeShape(*tree)):
+            llm.core._book = SpeculationBook(TreeController(shape, None), runner.speculator.times)
+            before = sum(graph.num_replays for graph in backend.captured[3:])
+            assert answers(llm, prompts, params) == expected
+            assert sum(graph.num_replays for graph in backend.captured[3:]) > before + 2
         llm.core._book = None  # nothing is drafted any more, but the drafter still catches up
         assert answers(llm, prompts, params) == expected
         assert sum(graph.num_replays for graph in backend.captured[:3]) > 2
