@@ -239,8 +239,9 @@ _PLAN_FIELDS = frozenset({"revision", "chunked_prefill_size", "kv_cache_dtype", 
 def _serve(args: argparse.Namespace) -> int:
     engine_config, server_config = build_config(args, EngineConfig), build_config(args, ServerConfig)
     from dsengine.server.launch import serve
+    from dsengine.server.torchrun import configure_under_torchrun
 
-    return serve(engine_config, server_config)
+    return serve(configure_under_torchrun(engine_config), server_config)
 
 
 def _chat(args: argparse.Namespace) -> int:

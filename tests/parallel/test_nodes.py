@@ -15,7 +15,9 @@ import httpx
 import pytest
 from server_process import DEMO_MODEL, ROOT, ServerProcess, free_port, wait_until
 
+from dsengine.config import EngineConfig
 from dsengine.parallel.launch import is_alive
+from dsengine.server.torchrun import configure_under_torchrun
 
 FLAGS = ("--tp-size", "2", "--weight-format", "dequantized", "--max-total-tokens", "8192", "--nnodes", "2")
 
@@ -52,9 +54,9 @@ def two_nodes(folder: Path, *flags: str) -> Iterator[tuple[ServerProcess, Second
         second.close()
 
 
-def complete(server: ServerProcess) -> str:
+def complete(server: ServerProcess, max_tokens: int = 16) -> str:
     answer = server.openai().completions.create(
-        model=DEMO_MODEL, prompt="What is 347 + 285?", max_tokens=16, temperature=0
+        model=DEMO_MODEL, prompt="What is 347 + 285?", max_tokens=max_tokens, temperature=0
     )
     text: str = answer.choices[0].text
     return text
@@ -95,6 +97,27 @@ def test_each_node_starts_its_ranks_again(tmp_path: Path, lost: int) -> None:
 
 
 @pytest.mark.slow
+def test_torchrun(tmp_path: Path) -> None:
+    port, log = free_port(), tmp_path / "torchrun.log"
+    words = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "dsengine", "serve", "--port", str(port)]
+    flags = ["--weight-format", "dequantized", "--max-total-tokens", "8192", "--num-threads", "1"]
+    with log.open("wb") as out:
+        torchrun = subprocess.Popen([sys.executable, *words, *flags], cwd=ROOT, stdout=out, stderr=subprocess.STDOUT)
+    try:
+        server = ServerProcess.__new__(ServerProcess)  # what torchrun has started
+        server.port, server.url, server.log, server.process = port, f"http://127.0.0.1:{port}", log, torchrun
+        server.wait_ready()
+        pids = [rank["pid"] for rank in ranks(server)]
+        assert len(pids) == 2 and "632" in complete(server, 100)
+        torchrun.send_signal(signal.SIGTERM)
+        torchrun.wait(60)
+        assert not any(is_alive(pid) for pid in pids)
+    finally:
+        torchrun.kill()
+        torchrun.wait()
+
+
+@pytest.mark.slow
 def test_other_flags_on_another_node_are_refused(tmp_path: Path) -> None:
     address = ("--dist-init-addr", f"127.0.0.1:{free_port()}", "--dist-timeout", "20")
     second = SecondNode(tmp_path, *address, "--seed", "1")
@@ -105,3 +128,14 @@ def test_other_flags_on_another_node_are_refused(tmp_path: Path) -> None:
     finally:
         first.close()
         second.close()
+
+
+def test_a_process_of_torchrun_is_one_rank() -> None:
+    environment = {"TORCHELASTIC_RUN_ID": "x", "RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "4"}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511", "CUDA_VISIBLE_DEVICES": "3,5"}
+    config = configure_under_torchrun(EngineConfig(), environment)
+    assert (config.tp_size, config.local_ranks, config.dist_init_addr) == (4, range(1, 2), "127.0.0.1:29511")
+    assert environment["CUDA_VISIBLE_DEVICES"] == "5"
+    with pytest.raises(ValueError, match="started 4 processes, but tp_size is 2"):
+        configure_under_torchrun(EngineConfig(tp_size=2), environment)
+    assert configure_under_torchrun(EngineConfig(tp_size=2), {"RANK": "1"}) == EngineConfig(tp_size=2)
