@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import time
 import timeit
 from dataclasses import replace
 from typing import Any
@@ -56,7 +57,11 @@ def lookup_microseconds(prompt_tokens: int, ranks: int) -> float:
     known = [rng.randrange(129_280) for _ in range(prompt_tokens * 3 // 4)]
     count = 100
     prompts = iter([known + [rng.randrange(129_280) for _ in range(prompt_tokens - len(known))] for _ in range(count)])
-    return timeit.timeit(lambda: router.route(next(prompts), "", [0] * ranks), number=count) / count * 1e6
+    return (
+        timeit.timeit(lambda: router.route(next(prompts), "", [0] * ranks), number=count, timer=time.thread_time)
+        / count
+        * 1e6
+    )
 
 
 def show(name: str, outcomes: list[Outcome]) -> list[dict[str, Any]]:
