@@ -195,7 +195,7 @@ def _group_metrics(groups: Sequence[EngineStats]) -> Iterator[Metric]:
     """What each attention-DP group has to do and in its cache, where there are several."""
     if not groups:
         return
-    tables = {
+    tables: dict[str, tuple[str, list[float]]] = {
         "num_requests_running": ("Sequences being computed", [s.num_running for s in groups]),
         "num_requests_waiting": ("Sequences waiting for admission", [s.num_waiting for s in groups]),
         "kv_cache_blocks": ("Blocks of the KV cache", [s.num_blocks for s in groups]),

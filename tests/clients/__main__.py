@@ -12,10 +12,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "server")]
+sys.path.insert(0, str(Path(__file__).parents[1] / "server"))
 
-from client_runs import all_clients  # noqa: E402
-from server_process import DEMO_MODEL, running_server  # noqa: E402
+from server_process import DEMO_MODEL, running_server
+
+from tests.clients.client_runs import all_clients
 
 
 def main() -> int:

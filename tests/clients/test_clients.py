@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from client_runs import all_clients
 from server_process import DEMO_MODEL, ServerProcess, running_server
+
+from tests.clients.client_runs import all_clients
 
 CLIENTS = all_clients()
 INSTALLED = ["anthropic", "openai"]  # with the tests

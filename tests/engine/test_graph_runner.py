@@ -13,7 +13,7 @@ import pytest
 import torch
 from replayed_graphs import ReplayedGraphs
 from simulated_device import SimulatedDevice
-from tiny_engine import GREEDY, TOKENIZER_SIZE, random_prompts, tokens, use_queue
+from tiny_engine import GREEDY, TOKENIZER_SIZE, core_of, random_prompts, tokens, use_queue
 
 from dsengine import LLM
 from dsengine.engine.batch import ScheduledBatch, ScheduledRequest
@@ -41,7 +41,7 @@ class Bench:
 
     def __init__(self, checkpoint: Path, tokens_per_request: int = 1) -> None:
         llm = LLM(str(checkpoint), block_size=BLOCK_SIZE, max_total_tokens=100 * BLOCK_SIZE, context_length=CONTEXT)
-        self.plain: ModelRunner = llm.core._launcher.runner
+        self.plain: ModelRunner = core_of(llm)._launcher.runner
         self.backend = ReplayedGraphs()
         self.graphs = GraphRunner(
             partial(decode_function, self.plain.model, self.plain.pool),
@@ -183,8 +183,8 @@ def test_a_whole_engine_replays_its_decodes(checkpoint: Path, overlap: bool) -> 
     expected = tokens(llm.generate(prompt_token_ids=prompts, sampling_params=GREEDY))
     with contextlib.closing(SimulatedDevice()) as device:
         use_queue(llm, checkpoint, device if overlap else DirectQueue())
-        llm.core.overlap = overlap
-        runner = llm.core._launcher.runner
+        core_of(llm).overlap = overlap
+        runner = core_of(llm)._launcher.runner
         backend = ReplayedGraphs()
         function = partial(decode_function, runner.model, runner.pool)
         runner.graphs = GraphRunner(function, backend, device=CPU, block_size=BLOCK_SIZE, context_length=CONTEXT)

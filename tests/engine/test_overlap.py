@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from simulated_device import SimulatedDevice
-from tiny_engine import GREEDY, random_prompts, tokens, use_queue
+from tiny_engine import GREEDY, core_of, random_prompts, tokens, use_queue
 
 from dsengine import LLM, SamplingParams
 from dsengine.engine.messages import AddRequest, RequestUpdate
@@ -30,7 +30,7 @@ def plain(checkpoint: Path) -> LLM:
 
 def overlapped(checkpoint: Path, device: SimulatedDevice, **options: Any) -> LLM:
     llm = use_queue(LLM(str(checkpoint), block_size=8, **options), checkpoint, device)
-    assert llm.core.overlap and llm.core.info.overlap_schedule
+    assert core_of(llm).overlap and llm.core.info.overlap_schedule
     return llm
 
 
@@ -153,5 +153,5 @@ def test_penalties_wait_for_the_token_they_count(checkpoint: Path, device: Simul
 
 def test_the_flag_turns_it_off(checkpoint: Path, device: SimulatedDevice) -> None:
     llm = LLM(str(checkpoint), disable_overlap_schedule=True)
-    assert not llm.core.overlap, "a CPU has no use for it"
-    assert not use_queue(llm, checkpoint, device).core.overlap
+    assert not core_of(llm).overlap, "a CPU has no use for it"
+    assert not core_of(use_queue(llm, checkpoint, device)).overlap

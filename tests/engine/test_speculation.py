@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from replayed_graphs import ReplayedGraphs
-from tiny_engine import GREEDY, random_prompts, tokens
+from tiny_engine import GREEDY, core_of, random_prompts, tokens
 
 from dsengine import LLM, SamplingParams
 from dsengine.engine.graph_runner import GraphRunner, TreeGraphs
@@ -233,7 +233,7 @@ def test_cache_of_nextn_equals_a_computation_from_scratch(checkpoint: Path, tree
     prompts = [[*base, 7], [*base[:40], 8], [*base[:32], 9, *base[33:]]]
     params = SamplingParams(temperature=0.9, seed=1, max_tokens=60, ignore_eos=True)
     with engine(checkpoint, tree, chunked_prefill_size=budget, max_running_requests=8) as llm, torch.inference_mode():
-        core, model = llm.core, llm.core.model
+        core, model = core_of(llm), core_of(llm).model
         assert model.nextn is not None
         for number, prompt in enumerate(prompts):
             core.add_request(AddRequest(str(number), prompt, params), 0.0)
@@ -304,7 +304,7 @@ def test_captured_steps_write_the_same_answers(
     """Verified in graphs, padded to their sizes, wherever nothing but trees is computed."""
     prompts, params = workload
     with engine(checkpoint, tree) as llm:
-        launcher = llm.core._launcher
+        launcher = core_of(llm)._launcher
         runner = launcher.runner
         assert runner.speculator is not None
         backend = ReplayedGraphs()
@@ -319,10 +319,10 @@ def test_captured_steps_write_the_same_answers(
         assert answers(llm, prompts, params) == expected
         assert sum(graph.num_replays for graph in backend.captured[:3]) == 0
         for shape in ladder(TreeShape(*tree)):
-            llm.core._book = SpeculationBook(TreeController(shape, None), runner.speculator.times)
+            core_of(llm)._book = SpeculationBook(TreeController(shape, None), runner.speculator.times)
             before = sum(graph.num_replays for graph in backend.captured[3:])
             assert answers(llm, prompts, params) == expected
             assert sum(graph.num_replays for graph in backend.captured[3:]) > before + 2
-        llm.core._book = None  # nothing is drafted any more, but the drafter still catches up
+        core_of(llm)._book = None  # nothing is drafted any more, but the drafter still catches up
         assert answers(llm, prompts, params) == expected
         assert sum(graph.num_replays for graph in backend.captured[:3]) > 2

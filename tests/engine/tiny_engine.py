@@ -9,6 +9,7 @@ from pathlib import Path
 from dsengine import LLM, RequestOutput, SamplingParams
 from dsengine.demo import CHECKPOINT_DIR
 from dsengine.engine.build import build_engine
+from dsengine.engine.core import EngineCore
 from dsengine.engine.launch import DeviceQueue
 from dsengine.model.random_checkpoint import write_random_checkpoint
 from dsengine.tokenizer.tokenizer import Tokenizer
@@ -67,6 +68,12 @@ def random_prompts(count: int, seed: int = 0, longest: int = 60) -> list[list[in
 
 def tokens(outputs: list[RequestOutput]) -> list[list[int]]:
     return [o.token_ids for output in outputs for o in output.outputs]
+
+
+def core_of(llm: LLM) -> EngineCore:
+    """The core of an engine that runs in this process alone."""
+    assert isinstance(llm.core, EngineCore)
+    return llm.core
 
 
 def use_queue(llm: LLM, checkpoint: Path, queue: DeviceQueue) -> LLM:
