@@ -152,6 +152,8 @@ class _ChatInput(ToolOptions):
         """Refuse what cannot be continued."""
         if not self.continues(messages):
             return
+        if not messages:
+            raise contradiction("continue_final_message needs messages", "continue_final_message")
         last = messages[-1]
         if last.role != "assistant" or not last.text.strip() or last.tool_calls:
             raise contradiction("only a text of the assistant at the end can be continued", "messages")

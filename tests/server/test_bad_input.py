@@ -79,6 +79,7 @@ def complete(**fields: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("path", "body", "param"),
     [
+        ("/tokenize", {"prompt": "a", "continue_final_message": True}, "continue_final_message"),
         (CHAT, chat(messages=[]), "messages"),
         (CHAT, chat(messages=None), "messages"),
         (CHAT, chat(messages="hi"), "messages"),
