@@ -63,7 +63,7 @@ def _command(url: str, seed: int, scale: Scale) -> list[str]:
     return [
         *(sys.executable, "-m", "schemathesis.cli", "run", f"{url}/openapi.json"),
         *("--mode", "all", "--phases", phases, "--checks", "all", "--exclude-checks", REPLACED_CHECK),
-        *("--max-examples", str(scale.of(900, 12)), "--seed", str(seed), "--generation-allow-x00", "true"),
+        *("--max-examples", str(scale.of(780, 12)), "--seed", str(seed), "--generation-allow-x00", "true"),
         *("--generation-database", "none", "--suppress-health-check", "all", "--continue-on-failure", "--no-shrink"),
         *("--output-sanitize", "false", "--output-truncate", "true", "--warnings", "off", "--request-timeout", "60"),
     ]
