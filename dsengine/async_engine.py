@@ -46,6 +46,7 @@ _MAX_QUICK_DEATHS = 3
 _QUICK_DEATH_SECONDS = 60.0
 _SHUTDOWN_SECONDS = 5.0
 _RANK_0_SECONDS = 10.0
+_SLEEPS_BELOW_SECONDS = 0.1
 
 
 class EngineDeadError(RuntimeError):
@@ -334,24 +335,33 @@ class AsyncEngine:
     async def _read_until_death(self, connection: EngineConnection) -> str:
         death = asyncio.create_task(connection.process.wait())
         failure: EngineFailure | None = None
-        # Rank 0 watches over the other ranks and has itself heard of every second; alone it need not speak.
-        limit = self.config.dist_timeout + _RANK_0_SECONDS if self.config.tp_size > 1 else None
+        # Rank 0 watches over the other ranks and has itself heard of every second. Alone it says nothing while it has
+        # no work and may take its time over a step, but it does not sleep over work.
+        is_alone = self.config.tp_size == 1
+        limit = self.config.dist_timeout / 2 if is_alone else self.config.dist_timeout + _RANK_0_SECONDS
+        spent: float | None = None  # by the engine with work, when it had not answered for half the limit
+        receive = asyncio.ensure_future(connection.socket.recv())
         try:
             while not death.done():
-                receive = asyncio.ensure_future(connection.socket.recv())
                 await asyncio.wait((receive, death), timeout=limit, return_when=asyncio.FIRST_COMPLETED)
                 if not receive.done():
-                    receive.cancel()
-                    if not death.done():
-                        connection.process.kill()
-                        return f"rank 0 has not answered for {limit:g} seconds (process {connection.process.pid})"
-                    break
+                    if death.done():
+                        break
+                    before, spent = spent, connection.cpu_seconds() if self._sequences else None
+                    if is_alone and (before is None or spent is None or spent - before > _SLEEPS_BELOW_SECONDS):
+                        continue
+                    connection.process.kill()
+                    seconds = self.config.dist_timeout
+                    return f"the engine has not answered for {seconds:g} seconds (process {connection.process.pid})"
+                spent = None
                 message = self._decoder.decode(receive.result())
                 if isinstance(message, EngineFailure):
                     failure = message
                 else:
                     self._dispatch(message)
+                receive = asyncio.ensure_future(connection.socket.recv())
         finally:
+            receive.cancel()
             death.cancel()
         failure = failure or connection.last_word()
         if failure is not None:

@@ -69,6 +69,14 @@ class EngineConnection:
             receive.cancel()
             death.cancel()
 
+    def cpu_seconds(self) -> float:
+        """Processor time that the process has used; 0 when it has gone."""
+        try:
+            fields = Path(f"/proc/{self.process.pid}/stat").read_text().rsplit(")", 1)[1].split()
+        except OSError:
+            return 0.0
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
     def last_word(self) -> EngineFailure | None:
         """What a process that is dead could not say over the socket."""
         file = Path(self._folder.name) / FAILURE_FILE

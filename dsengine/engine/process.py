@@ -84,6 +84,8 @@ class EngineLoop:
         """The other ranks, and those who watch over rank 0, hear of it even when there is nothing to do."""
         if isinstance(self._core, LeadingCore):
             self.send(self._core.show_life(now))
+        elif self._core.has_work:  # it is paused, not stopped
+            self.send(StepOutput([], self._core.stats()))
         self._last_sign = now
 
     def _handle(self, message: EngineInput) -> None:
