@@ -123,8 +123,12 @@ class LeadingCore:
 
     @property
     def model(self) -> DeepseekModel:
-        """Rank 0's part of the model."""
-        return self._core.model
+        """Refused: what is done with a part of a model, all ranks would have to do.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(f"this needs the whole model in one process, but tp_size is {self._world.size}; make it 1")
 
     @property
     def has_work(self) -> bool:
