@@ -33,7 +33,8 @@ from dsengine.simulate.step_model import StepModel
 from dsengine.simulate.workload import Conversation, Synthetic
 
 MOST_GROUPS = 64
-"""Attention groups that are simulated, unless asked for others."""
+"""Attention groups that are simulated, unless asked for others. Of 96 busy groups, 64 (or 8) gave 3 (4) % more output;
+of 32 with little to do, 8 gave 44 % more, because they more often had no prompt to wait for."""
 LARGEST_TP = 16
 
 
