@@ -123,6 +123,7 @@ def test_rejection_keeps_the_distribution(checkpoint: Path, tree: Any, wish: str
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("wish", WISHES)
 @pytest.mark.parametrize("tree", [CHAIN, TREE], ids=str)
 def test_rejection_keeps_the_distribution_of_many_texts(checkpoint: Path, tree: Any, wish: str) -> None:
