@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 
 from dsengine import LLM, RequestOutput, SamplingParams
+from dsengine.demo.evaluate import complete
+from dsengine.demo.problems import three_digit_problems, tool_problems
 from dsengine.engine.leading_core import LeadingCore
 from dsengine.parallel.launch import is_alive
 
@@ -154,3 +156,15 @@ def test_what_cannot_be_is_refused_before_anything_is_started(options: dict[str,
     with pytest.raises(ValueError) as refusal:
         LLM(progress=False, **options)
     assert all(word in str(refusal.value) for word in words), refusal.value
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["TP2", "DP2 EP2"])
+def test_held_out_problems_are_answered_alike(layout: str) -> None:
+    problems = [*three_digit_problems(60), *tool_problems(20)]
+    options = OPTIONS | {"max_total_tokens": 8192, "chunked_prefill_size": 512}
+    with LLM(**options) as llm:
+        expected = complete(llm, problems)
+    with LLM(**options, **LAYOUTS[layout]) as llm:
+        assert complete(llm, problems) == expected
+    assert sum(problem.grade(text) for problem, text in zip(problems, expected, strict=True)) > 70
