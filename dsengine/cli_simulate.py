@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 from dsengine.cli_flags import UsageError
 from dsengine.config import EngineConfig
-from dsengine.progress import table_console
 
 if TYPE_CHECKING:
     from dsengine.plan.source import PlannedModel
@@ -137,6 +136,8 @@ def _workload(words: list[str]) -> Synthetic | list[Conversation]:
 
 def _print(cluster: Cluster, outcomes: list[Outcome]) -> None:
     from rich.table import Table
+
+    from dsengine.progress import table_console
 
     console = table_console()
     title = (

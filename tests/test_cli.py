@@ -23,6 +23,7 @@ import dsengine
 from dsengine.cli import build_parser
 from dsengine.cli_flags import UsageError, build_config, flag_name, given_fields, resolve_model
 from dsengine.config import EngineConfig, ServerConfig
+from dsengine.model.manifest import MANIFEST_FILE
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "dsengine" / "demo" / "checkpoint"
@@ -293,6 +294,7 @@ def test_debug_shows_where_an_error_comes_from(truncated_checkpoint):
 
 def test_another_architecture_is_refused_by_name(tmp_path):
     shutil.copytree(DEMO, tmp_path, dirs_exist_ok=True)
+    (tmp_path / MANIFEST_FILE).unlink()  # it would not let the configuration be another
     (tmp_path / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"], "model_type": "llama"}))
     assert_complains(run("generate", "-p", "x", str(tmp_path)), "llama")
 
