@@ -7,9 +7,12 @@ from gate_frame import Gate, Scale, all_gates
 
 GATES = all_gates()
 SEED = 0
+# They start servers of their own; other tests go through the same code on every run.
+SLOW = {"G11", "G17"}
+PARAMS = [pytest.param(gate, id=name, marks=[pytest.mark.slow] if name in SLOW else []) for name, gate in GATES.items()]
 
 
-@pytest.mark.parametrize("gate", [pytest.param(gate, id=name) for name, gate in GATES.items()])
+@pytest.mark.parametrize("gate", PARAMS)
 def test_gate(gate: Gate) -> None:
     outcome = gate.timed(Scale(quick=True), SEED)
     print(f"{gate.name}, seed {SEED}: {outcome.reached}")
