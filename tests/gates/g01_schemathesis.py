@@ -21,6 +21,8 @@ TARGET = ">= 10,000 cases, positive, negative, coverage, NUL allowed: 0 x 5xx, 0
 REPLACED_CHECK = "positive_data_acceptance"
 TIMEOUT_SECONDS = 3600
 NUM_CASES = re.compile(r"(\d+) generated")
+# What went wrong, up to the request that shows it.
+FINDING = re.compile(r"^- (ST\d+ .*?(?:curl .{0,400}|$(?=\n___)))", re.S | re.M)
 # What is too large for its schema may also be too large for this server.
 CONFIG = """
 [checks]
@@ -45,7 +47,8 @@ def run(scale: Scale, seed: int) -> Outcome:
     text = done.stdout + done.stderr
     cases = NUM_CASES.search(text)
     if cases is None or done.returncode != 0:
-        found.fail(text[-6000:])
+        for finding in FINDING.findall(text) or [text[-3000:]]:
+            found.fail(" ".join(finding.split())[:1000])
     else:
         found.num_cases = int(cases[1])
     server_errors = text.count("Server error")
