@@ -12,7 +12,7 @@ from dsengine.server.protocol_base import INTEGRAL, MAX_INT, Strict, contradicti
 MAX_MESSAGES = 4096
 MAX_PARTS = 1024
 MAX_TOOLS = 512
-MAX_CALLS_IN_MESSAGE = 512
+MAX_CALLS_IN_MESSAGE = MAX_MESSAGES  # calls that other APIs have as messages of their own become those of one
 
 FunctionName = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9_.:/-]+$")]
 CallId = Annotated[str, Field(min_length=1, max_length=256)]
