@@ -42,7 +42,7 @@ def expected() -> dict[int, list[int]]:
     return {n: output.outputs[0].token_ids for n, output in zip(PROMPT_LENGTHS, outputs, strict=True)}
 
 
-@pytest.fixture(scope="module", params=["plain", "NextN"])
+@pytest.fixture(scope="module", params=[pytest.param("plain", marks=pytest.mark.slow), "NextN"])
 def groups(request: pytest.FixtureRequest) -> Iterator[LLM]:
     trees = {"speculative_algorithm": "NEXTN", "speculative_eagle_topk": 2, "speculative_num_steps": 2}
     options = OPTIONS | (trees if request.param == "NextN" else {})

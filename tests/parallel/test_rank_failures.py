@@ -136,7 +136,8 @@ def stop_a_rank_and_kill_server(server: ServerProcess) -> None:
     kill_server(server)
 
 
-@pytest.mark.parametrize("end", [stop_a_rank_and_kill_server, pytest.param(kill_server, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("end", [stop_a_rank_and_kill_server, kill_server])
 def test_ranks_do_not_outlive_the_server(tmp_path: Path, end: Callable[[ServerProcess], None]) -> None:
     with running_server(tmp_path, *FLAGS) as server:
         pids = rank_pids(server)

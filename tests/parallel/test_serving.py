@@ -114,9 +114,11 @@ def test_ranks_answer_as_one_process_does(layout: str, expected: list[list[Reque
 @pytest.mark.parametrize(
     ("algorithm", "layout"),
     [
-        ("NEXTN", "TP2"),
         ("NEXTN", "DP2"),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in [("NGRAM", "TP2"), ("NEXTN", "DP2 TP2")]),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [("NEXTN", "TP2"), ("NGRAM", "TP2"), ("NEXTN", "DP2 TP2")]
+        ),
     ],
 )
 def test_trees_are_verified_alike_on_all_ranks(
