@@ -160,7 +160,7 @@ class _Deaths:
         for client in clients:
             assert (client.sent if phase == "prefill" else client.begun).wait(60)
         if phase == "prefill":
-            time.sleep(0.02)
+            wait_until(lambda: not server.is_idle(), 30, server.log_text)
         if phase == "drain":
             server.process.send_signal(signal.SIGTERM)
             wait_until(lambda: server.health() in (503, None), 5, server.log_text)
