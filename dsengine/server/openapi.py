@@ -60,4 +60,6 @@ def _with_exact_bounds(value: Any) -> Any:
     if value.get("type") == "integer":
         for name in {"minimum", "maximum"} & set(value):
             exact[name] = min(int(value[name]), _MAX_INT64)
+    if "patternProperties" in value:  # keys of another form are refused, which pydantic does not publish
+        exact.setdefault("additionalProperties", False)
     return exact
