@@ -241,7 +241,7 @@ def _serve(args: argparse.Namespace) -> int:
     from dsengine.server.launch import serve
     from dsengine.server.torchrun import configure_under_torchrun
 
-    return serve(configure_under_torchrun(engine_config), server_config)
+    return serve(configure_under_torchrun(engine_config, os.environ), server_config)
 
 
 def _chat(args: argparse.Namespace) -> int:

@@ -7,7 +7,6 @@ is asked for the address to meet at, so that no port need be given; pickle is no
 from __future__ import annotations
 
 import dataclasses
-import os
 import socket
 from collections.abc import MutableMapping
 from datetime import timedelta
@@ -18,11 +17,11 @@ _NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _MEETING_SECONDS = 600
 
 
-def configure_under_torchrun(config: EngineConfig, environment: MutableMapping[str, str] = os.environ) -> EngineConfig:
+def configure_under_torchrun(config: EngineConfig, environment: MutableMapping[str, str]) -> EngineConfig:
     """The configuration of this process, if torchrun has started it; `config` as it is, if not.
 
     Args:
-        environment: its variables; of several CUDA devices only this process's own is left visible.
+        environment: the process's variables; of several CUDA devices only this process's own is left visible.
 
     Raises:
         ValueError: the flags say something else than torchrun.
