@@ -21,7 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dsengine.server.errors import ApiError, internal_error, invalid, shutting_down
 from dsengine.server.lifecycle import Lifecycle
-from dsengine.server.metrics import CLIENT_CLOSED_REQUEST, Metrics
+from dsengine.server.metrics import ADMIN_ROUTES, CLIENT_CLOSED_REQUEST, Metrics
 from dsengine.server.request_log import FIELDS
 from dsengine.server.request_watch import RequestWatch
 
@@ -29,17 +29,7 @@ access_log = logging.getLogger("dsengine.access")
 logger = logging.getLogger(__name__)
 
 OPEN_PATHS = frozenset({"/health"})
-ADMIN_PATHS = frozenset(
-    {
-        "/abort_request",
-        "/pause",
-        "/continue",
-        "/sleep",
-        "/wake_up",
-        "/is_sleeping",
-        "/update_weights_from_disk",
-    }
-)
+ADMIN_PATHS = frozenset(ADMIN_ROUTES)
 _WHILE_DRAINING = frozenset({"/health", "/metrics"})
 # Asked every second or so by probes, Prometheus and the web page: their successes are no news.
 _POLLED = frozenset({"/health", "/metrics"})

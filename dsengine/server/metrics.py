@@ -14,6 +14,15 @@ from dsengine.engine.messages import EngineStats, RequestUpdate, SpeculationStat
 CLIENT_CLOSED_REQUEST = 499
 
 FINISH_REASONS = ("stop", "length", "abort", "error")
+ADMIN_ROUTES = (
+    "/abort_request",
+    "/pause",
+    "/continue",
+    "/sleep",
+    "/wake_up",
+    "/is_sleeping",
+    "/update_weights_from_disk",
+)
 ROUTES = (
     "/v1/chat/completions",
     "/v1/completions",
@@ -28,13 +37,7 @@ ROUTES = (
     "/flush_cache",
     "/tokenize",
     "/detokenize",
-    "/abort_request",
-    "/pause",
-    "/continue",
-    "/sleep",
-    "/wake_up",
-    "/is_sleeping",
-    "/update_weights_from_disk",
+    *ADMIN_ROUTES,
 )
 STATUSES = ("2xx", "4xx", "5xx", "disconnected")
 
