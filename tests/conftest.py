@@ -22,6 +22,8 @@ HAS_GPU = has_gpu()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # the default of Triton 3.6; later versions warn and change it
+# numpy's products carry the interpreter's; with several threads their last bits depend on how busy the machine is.
+os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(scope="session")
