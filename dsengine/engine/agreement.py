@@ -15,6 +15,7 @@ import msgspec
 from torch import Tensor
 
 from dsengine.engine.batch import ScheduledBatch
+from dsengine.engine.lock_step import LockStep, summary
 from dsengine.parallel.groups import World
 from dsengine.specdec.shape import TreeShape
 
@@ -45,9 +46,12 @@ class Agreement(Protocol):
     def blocks(self, fitting: int) -> int:
         """The size of the cache, in blocks: where the least fit."""
 
-    def step(self, batch: ScheduledBatch) -> tuple[int, ...] | None:
-        """Enter what was scheduled; returns the tokens of every group of ranks with requests of its own, None where
-        there is one group only."""
+    def everywhere(self, holds: bool) -> bool:
+        """Whether something holds on all ranks."""
+
+    def step(self, batch: ScheduledBatch) -> LockStep | None:
+        """Enter what was scheduled; returns what all groups of ranks with requests of their own make of this step, None
+        where there is one group only."""
 
 
 class Alone:
@@ -68,7 +72,10 @@ class Alone:
     def blocks(self, fitting: int) -> int:
         return fitting
 
-    def step(self, batch: ScheduledBatch) -> tuple[int, ...] | None:
+    def everywhere(self, holds: bool) -> bool:
+        return holds
+
+    def step(self, batch: ScheduledBatch) -> LockStep | None:
         return None
 
 
@@ -102,7 +109,10 @@ class RankAgreement:
     def blocks(self, fitting: int) -> int:
         return min(blocks for [blocks] in self._world.all_gather_ints([fitting]))
 
-    def step(self, batch: ScheduledBatch) -> tuple[int, ...] | None:
+    def everywhere(self, holds: bool) -> bool:
+        return all(answer for [answer] in self._world.all_gather_ints([int(holds)]))
+
+    def step(self, batch: ScheduledBatch) -> LockStep | None:
         self._digest = zlib.crc32(_essence(batch), self._digest)
         self._num_steps += 1
         world = self._world
@@ -110,11 +120,12 @@ class RankAgreement:
             if self._num_steps % _COMPARED_EVERY == 0:
                 self._compare([digest for [digest] in world.all_gather_ints([self._digest])])
             return None
-        loads, digests = zip(*world.all_gather_ints([batch.num_tokens, self._digest]), strict=True)
-        self._compare(digests)
-        return tuple(loads[:: world.attention.size])
+        answers = world.all_gather_ints([*summary(batch), self._digest])
+        self._compare([digest for *_, digest in answers])
+        groups = answers[:: world.attention.size]
+        return LockStep.of([(tokens, requests, kind) for tokens, requests, kind, _ in groups])
 
-    def _compare(self, digests: list[int] | tuple[int, ...]) -> None:
+    def _compare(self, digests: list[int]) -> None:
         width = self._world.attention.size
         for rank, digest in enumerate(digests):
             if digest != digests[rank // width * width]:

@@ -159,13 +159,13 @@ class EngineCore:
         tree = self._choose_tree(budget)
         chains = self._jumps.chains() if self._jumps is not None and tree is None else None
         batch = self._scheduler.schedule(now, tree or chains, only_proposals=chains is not None, budget=budget)
-        rank_tokens = self._agreement.step(batch)
-        if batch.is_empty and not any(rank_tokens or ()):
+        lock_step = self._agreement.step(batch)
+        if batch.is_empty and (lock_step is None or lock_step.most_requests == 0):
             return None
         if self._latency is not None:
             self._latency.start(now, batch.num_tokens)
         self._num_steps += 1
-        launched = self._launcher.launch(batch, self._under_way, rank_tokens)
+        launched = self._launcher.launch(batch, self._under_way, lock_step)
         self._scheduler.advance(batch)
         return launched
 

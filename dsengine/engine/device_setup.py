@@ -225,15 +225,16 @@ class DeviceSetup:
         config = self._config
         if config.disable_cuda_graph:
             return []
-        if config.attn_dp_size > 1:
-            logger.warning("decode runs without CUDA graphs: attention groups have batches of different sizes")
-            return []
         if config.moe_exchange == "all_to_all":
             logger.warning("decode runs without CUDA graphs: the host waits to learn how many tokens go to which rank")
             return []
         obstacles = operations_against_capture(self._kernels, self._weights.has_fp8)
         if obstacles:
             logger.warning("decode runs without CUDA graphs: %s may wait for the host", ", ".join(obstacles))
+        # Ranks meet while they capture, so that either all do or none does.
+        if not self._agreement.everywhere(not obstacles):
+            if not obstacles:
+                logger.warning("decode runs without CUDA graphs: operations of another rank may wait for the host")
             return []
         largest = min(config.max_running_requests, config.chunked_prefill_size)
         return graph_batch_sizes(config.cuda_graph_bs, config.cuda_graph_max_bs, largest)
@@ -247,6 +248,7 @@ class DeviceSetup:
             device=self._model.device,
             block_size=pool.block_size,
             context_length=self._context_length,
+            dp_size=self._model.slots.layout.dp_size,
         )
         tree = self._tree
         if tree is None:

@@ -3,7 +3,8 @@
 A batch is padded to the next captured size. What the graph reads lies in static buffers; a padding row has token 0 at
 position 0, slot -1 (its latent is stored nowhere) and a cache of no tokens (it attends to nothing and yields 0), so
 it computes finite numbers that nobody reads and disturbs no other row. Host-side bounds of the lengths are baked into a
-graph and therefore those of the context.
+graph and therefore those of the context. With several attention groups all of them capture the same sizes in the same
+order and replay the same one at the same time, because collectives are in the graphs; a group may have padding only.
 
 Not yet run on a GPU: here and in the tests everything but the capture itself is tried, on the CPU.
 """
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from dsengine.engine.batch_inputs import BatchInputs
+from dsengine.engine.lock_step import StepKind
 from dsengine.kernels.registry import Kernels
 from dsengine.model.forward_batch import ForwardBatch
 from dsengine.model.transfer import upload
@@ -94,6 +96,7 @@ class GraphRunner:
         context_length: longest request; bounds the block table and, in every graph, the lengths.
         tokens_per_request: new tokens of each request: 1 for decode, more to verify drafts.
         has_branches: these tokens form trees rather than chains.
+        dp_size: attention groups, all of which capture and replay the same sizes at the same time.
     """
 
     def __init__(
@@ -106,6 +109,7 @@ class GraphRunner:
         context_length: int,
         tokens_per_request: int = 1,
         has_branches: bool = False,
+        dp_size: int = 1,
     ) -> None:
         self._function = function
         self._backend = backend
@@ -114,6 +118,7 @@ class GraphRunner:
         self._context_length = context_length
         self._tokens_per_request = tokens_per_request
         self._has_branches = has_branches
+        self._dp_size = dp_size
         self._graphs: dict[int, CapturedFunction] = {}
         self._inputs: ForwardBatch | None = None
         self._outputs: tuple[Tensor, ...] = ()
@@ -138,31 +143,38 @@ class GraphRunner:
         """Write the results where another runner does, which has captured as many rows at least; before `capture`."""
         self._outputs = other._outputs
 
+    def holds(self, num_requests: int) -> bool:
+        """Whether there is a graph for so many requests."""
+        return 0 < num_requests <= max(self._graphs, default=0)
+
     def fits(self, inputs: BatchInputs) -> bool:
         """Whether there is a graph for this batch: equally many new tokens everywhere, and all their outputs wanted."""
         per_request, count = self._tokens_per_request, inputs.num_requests
         return (
-            bool(self._graphs)
-            and 0 < count <= max(self._graphs)
+            self.holds(count)
             and inputs.num_tokens == len(inputs.logits_indices) == count * per_request
             and inputs.num_decodes == count
             and all(length == per_request for length in inputs.query_lens)
         )
 
-    def run(self, inputs: BatchInputs, drawn: Tensor | None, tree: TokenTree | None = None) -> tuple[Tensor, ...]:
-        """Run a batch that `fits`.
+    def run(
+        self, inputs: BatchInputs, drawn: Tensor | None, tree: TokenTree | None = None, at_least: int = 0
+    ) -> tuple[Tensor, ...]:
+        """Run a batch that `fits`, or, where another attention group has requests, an empty one.
 
         Args:
             drawn: int64 [N], tokens drawn by the previous step, on the device.
             tree: the requests' tokens, where they are drafts.
+            at_least: requests for which there must be room, as the largest attention group has them.
 
         Returns:
             the function's outputs, one row per token of the batch; valid until the next run.
         """
-        size = min(size for size in self._graphs if size >= inputs.num_requests)
+        size = min(size for size in self._graphs if size >= max(inputs.num_requests, at_least))
         self._load(inputs, size, drawn)
         if tree is not None:
-            self._load_trees(tree, size)
+            self._load_trees(tree)
+        self._clear_masks(inputs.num_tokens, size)
         self._graphs[size].replay()
         return tuple(output[: inputs.num_tokens] for output in self._outputs)
 
@@ -189,7 +201,7 @@ class GraphRunner:
         static.block_table[:count, : inputs.block_table.shape[1]].copy_(upload(inputs.block_table, self._device))
         inputs.fill_open_tokens(static.input_ids[:tokens], drawn)
 
-    def _load_trees(self, tree: TokenTree, size: int) -> None:
+    def _load_trees(self, tree: TokenTree) -> None:
         static, tokens = self._inputs, tree.tokens.numel()
         assert static is not None
         static.input_ids[:tokens].copy_(tree.tokens.flatten())
@@ -197,7 +209,13 @@ class GraphRunner:
             positions = static.positions[:tokens].view_as(tree.depths)
             positions.copy_(positions[:, :1] + tree.depths)
             static.tree_mask[:tokens].copy_(tree.ancestor_mask().flatten(0, 1))
-            static.tree_mask[tokens : size * self._tokens_per_request].fill_(False)
+
+    def _clear_masks(self, num_tokens: int, size: int) -> None:
+        """Those of padding, of which there may be nothing else."""
+        static = self._inputs
+        assert static is not None
+        if static.tree_mask is not None:
+            static.tree_mask[num_tokens : size * self._tokens_per_request].fill_(False)
 
     def _padding_batch(self, size: int) -> ForwardBatch:
         per_request, device = self._tokens_per_request, self._device
@@ -218,6 +236,7 @@ class GraphRunner:
             tree_mask=torch.zeros((tokens, per_request), dtype=torch.bool, device=device)
             if self._has_branches
             else None,
+            rank_tokens=self._rank_tokens(tokens),
         )
 
     def _first_requests(self, batch: ForwardBatch, size: int) -> ForwardBatch:
@@ -236,7 +255,11 @@ class GraphRunner:
             context_lens=batch.context_lens[:size],
             logits_indices=batch.logits_indices[:tokens],
             tree_mask=None if batch.tree_mask is None else batch.tree_mask[:tokens],
+            rank_tokens=self._rank_tokens(tokens),
         )
+
+    def _rank_tokens(self, tokens: int) -> tuple[int, ...] | None:
+        return (tokens,) * self._dp_size if self._dp_size > 1 else None
 
 
 class TreeGraphs:
@@ -251,10 +274,8 @@ class TreeGraphs:
     """
 
     def __init__(self, new_runner: Callable[..., GraphRunner], shapes: Sequence[TreeShape]) -> None:
-        kinds = sorted({_kind(shape) for shape in shapes}, reverse=True)
-        self._runners = {
-            (nodes, branches): new_runner(tokens_per_request=nodes, has_branches=branches) for nodes, branches in kinds
-        }
+        kinds = sorted({StepKind.of_trees(shape) for shape in shapes}, reverse=True)
+        self._runners = {kind: new_runner(**kind._asdict()) for kind in kinds}
 
     def capture(self, sizes: Sequence[int]) -> None:
         """Captures a graph for each size and shape; those of most nodes first."""
@@ -264,10 +285,6 @@ class TreeGraphs:
                 runner.write_where(runners[0])
             runner.capture(sizes)
 
-    def of(self, shape: TreeShape) -> GraphRunner | None:
-        """The runner for trees of this shape, None if there is none."""
-        return self._runners.get(_kind(shape))
-
-
-def _kind(shape: TreeShape) -> tuple[int, bool]:
-    return shape.num_nodes, shape.topk > 1
+    def of(self, kind: StepKind) -> GraphRunner | None:
+        """The runner for steps of this kind, None if there is none."""
+        return self._runners.get(kind)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dsengine.engine.batch import ScheduledBatch, ScheduledRequest
+from dsengine.engine.lock_step import LockStep
 from dsengine.engine.messages import TokenLogprob
 from dsengine.engine.model_runner import ModelRunner, PreparedStep, PromptRows, StepOutputs
 from dsengine.engine.request import Request
@@ -133,15 +134,15 @@ class StepLauncher:
         self._balancer = balancer
 
     def launch(
-        self, batch: ScheduledBatch, previous: LaunchedStep | None, rank_tokens: tuple[int, ...] | None = None
+        self, batch: ScheduledBatch, previous: LaunchedStep | None, lock_step: LockStep | None = None
     ) -> LaunchedStep:
         """Prepare a step and queue its work.
 
         Args:
             previous: the step before, if its tokens are not on the host yet.
-            rank_tokens: of every attention-DP rank, where there are several.
+            lock_step: of all attention groups, where there are several.
         """
-        prepared = self.runner.prepare(batch, previous.drawn_rows if previous is not None else {}, rank_tokens)
+        prepared = self.runner.prepare(batch, previous.drawn_rows if previous is not None else {}, lock_step)
         return LaunchedStep(batch, prepared, self._queue.submit(lambda: self.compute(prepared, previous)))
 
     @torch.inference_mode()

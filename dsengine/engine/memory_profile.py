@@ -15,6 +15,7 @@ import numpy as np
 from dsengine.engine.batch import ScheduledBatch, ScheduledRequest
 from dsengine.engine.batch_inputs import BatchInputs
 from dsengine.engine.launch import StepLauncher
+from dsengine.engine.lock_step import LockStep, summary
 from dsengine.engine.memory_probe import MemoryProbe
 from dsengine.engine.model_runner import PreparedStep, PromptRows
 from dsengine.engine.request import Request
@@ -105,7 +106,7 @@ def tree_step(launcher: StepLauncher, count: int, tree: TreeShape, context_lengt
         scheduled.append(ScheduledRequest(request, start, tree.num_nodes, samples=True, num_drafts=drafts))
     batch = ScheduledBatch(scheduled, tree=tree)
     dp_size = launcher.runner.model.slots.layout.dp_size
-    return launcher.runner.prepare(batch, {}, (batch.num_tokens,) * dp_size if dp_size > 1 else None)
+    return launcher.runner.prepare(batch, {}, LockStep.of([summary(batch)] * dp_size) if dp_size > 1 else None)
 
 
 def _inputs(chunks: Sequence[tuple[int, int]], context_length: int, block_size: int) -> BatchInputs:

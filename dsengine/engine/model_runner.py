@@ -14,6 +14,7 @@ from torch import Tensor
 from dsengine.engine.batch import ScheduledBatch, ScheduledRequest
 from dsengine.engine.batch_inputs import BatchInputs, build_inputs
 from dsengine.engine.graph_runner import GraphRunner, TreeGraphs
+from dsengine.engine.lock_step import DECODE, LockStep, StepKind
 from dsengine.engine.request import Request
 from dsengine.engine.speculation import PreparedDrafts, Speculator, with_trees
 from dsengine.memory.kv_cache import KVCachePool
@@ -45,12 +46,14 @@ class PreparedStep:
         prompts: chunks of prompts that are to be scored.
         drafts: trees and the drafter's work, where there is a drafter. Requests with trees stand first everywhere, and
             their logits are those of all their nodes.
+        lock_step: of all attention groups, where there are several.
     """
 
     inputs: BatchInputs
     sampled: tuple[ScheduledRequest, ...]
     prompts: tuple[PromptRows, ...]
     drafts: PreparedDrafts | None = None
+    lock_step: LockStep | None = None
 
 
 @dataclass(frozen=True)
@@ -97,21 +100,22 @@ class ModelRunner:
         self,
         batch: ScheduledBatch,
         drawn_rows: Mapping[Request, int],
-        rank_tokens: tuple[int, ...] | None = None,
+        lock_step: LockStep | None = None,
     ) -> PreparedStep:
         """Work out a step on the host.
 
         Args:
             drawn_rows: row of each request among the tokens that the previous step draws.
-            rank_tokens: tokens of every attention-DP rank in this step; this one's may be none.
+            lock_step: of all attention groups, where there are several; this one's part may be empty.
         """
         ordered = sorted(batch.requests, key=_part)
         sampled, prompts, logits_indices = _plan_rows(ordered)
+        rank_tokens = None if lock_step is None else lock_step.rank_tokens
         inputs = build_inputs(ordered, logits_indices, self.pool.block_size, drawn_rows, rank_tokens)
         drafts = None
         if self.speculator is not None and (self.speculator.needs_hidden or any(s.num_drafts for s in ordered)):
             drafts = self.speculator.prepare(ordered, batch.tree, only_proposals=batch.only_proposals)
-        return PreparedStep(inputs, tuple(sampled), tuple(prompts), drafts)
+        return PreparedStep(inputs, tuple(sampled), tuple(prompts), drafts, lock_step)
 
     def forward(self, step: PreparedStep, drawn: Tensor | None, tree: TokenTree | None = None) -> StepOutputs:
         """Queue a step's work on the device.
@@ -121,9 +125,9 @@ class ModelRunner:
             tree: of the step's first requests.
         """
         needs_hidden = bool(step.prompts) or (self.speculator is not None and self.speculator.needs_hidden)
-        graphs = self._graphs_for(step)
-        if graphs is not None and not step.prompts and graphs.fits(step.inputs):
-            logits, *hidden_states = graphs.run(step.inputs, drawn, tree)
+        graphs, num_requests = self._graphs_for(step)
+        if graphs is not None:
+            logits, *hidden_states = graphs.run(step.inputs, drawn, tree, at_least=num_requests)
             if not hidden_states:
                 return StepOutputs(logits, None)
             return StepOutputs(logits, hidden_states[0], step.inputs.to_device(self.device, drawn))
@@ -135,11 +139,29 @@ class ModelRunner:
         logits = self.model.compute_logits(hidden[batch.logits_indices])
         return StepOutputs(logits, hidden, batch) if needs_hidden else StepOutputs(logits, None)
 
-    def _graphs_for(self, step: PreparedStep) -> GraphRunner | None:
+    def _graphs_for(self, step: PreparedStep) -> tuple[GraphRunner | None, int]:
+        """What replays a step, and how many requests its size must hold; (None, 0): it runs kernel by kernel."""
+        if step.lock_step is not None:
+            return self._graphs_for_all(step.lock_step, step)
         shape = step.drafts.shape if step.drafts is not None and step.drafts.trees else None
-        if shape is None:
+        graphs = self._graphs_of(DECODE if shape is None else StepKind.of_trees(shape))
+        if graphs is None or step.prompts or not graphs.fits(step.inputs):
+            return None, 0
+        return graphs, step.inputs.num_requests
+
+    def _graphs_for_all(self, lock_step: LockStep, step: PreparedStep) -> tuple[GraphRunner | None, int]:
+        """The same with several attention groups: nothing but what all of them know may decide."""
+        graphs = None if lock_step.kind is None else self._graphs_of(lock_step.kind)
+        if graphs is None or not graphs.holds(lock_step.most_requests):
+            return None, 0
+        is_idle = step.inputs.num_requests == 0
+        assert is_idle or (not step.prompts and graphs.fits(step.inputs)), f"not a step of kind {lock_step.kind}"
+        return graphs, lock_step.most_requests
+
+    def _graphs_of(self, kind: StepKind) -> GraphRunner | None:
+        if kind == DECODE:
             return self.graphs
-        return self.tree_graphs.of(shape) if self.tree_graphs is not None else None
+        return self.tree_graphs.of(kind) if self.tree_graphs is not None else None
 
 
 def _part(scheduled: ScheduledRequest) -> int:

@@ -19,6 +19,7 @@ from dsengine import LLM
 from dsengine.config import EngineConfig
 from dsengine.engine.device_setup import RESERVE_BYTES, CacheRow, DeviceSetup
 from dsengine.engine.launch import DirectQueue, StepLauncher
+from dsengine.engine.lock_step import StepKind
 from dsengine.engine.memory_ledger import DeviceBudget, MemoryLedger
 from dsengine.engine.memory_probe import weigh
 from dsengine.engine.memory_profile import largest_step
@@ -200,6 +201,15 @@ def test_graphs_are_left_out_with_one_line_that_names_the_operation(
     assert runner.graphs is None
 
 
+def test_tokens_that_are_sent_to_their_experts_keep_steps_from_being_captured(
+    parts: tuple[Any, Kernels], caplog: pytest.LogCaptureFixture
+) -> None:
+    ranks: dict[str, Any] = {"tp_size": 2, "attn_dp_size": 2, "ep_size": 2}
+    with caplog.at_level(logging.WARNING):
+        runner, _ = set_up(parts, FakeMemory(800 * MIB, 100 * MIB, MIB, []), moe_exchange="all_to_all", **ranks)
+    assert runner.graphs is None and "the host waits to learn how many tokens go to which rank" in caplog.text
+
+
 def test_the_largest_step_is_one_the_engine_can_have(parts: tuple[Any, Kernels]) -> None:
     model, kernels = parts
     pool = set_up(parts, FakeMemory(800 * MIB, 100 * MIB, MIB, []), disable_cuda_graph=True)[0].pool
@@ -256,6 +266,6 @@ def test_steps_with_trees_are_tried_and_captured(parts: tuple[Any, Kernels], top
     assert runner.graphs.sizes == [1, 2, 4, 8, 12]
     # Every tree that may be chosen has its graphs: chains of each depth, and trees of each number of generations.
     for shape in ladder(TreeShape(3, topk, 4)):
-        graphs = runner.tree_graphs.of(shape)
+        graphs = runner.tree_graphs.of(StepKind.of_trees(shape))
         assert graphs is not None and graphs.sizes == runner.graphs.sizes
-    assert runner.tree_graphs.of(TreeShape(5, 1, 6)) is None
+    assert runner.tree_graphs.of(StepKind.of_trees(TreeShape(5, 1, 6))) is None

@@ -1,0 +1,151 @@
+"""One rank of an engine whose decode steps are captured, started by test_captured_groups.py; writes what it has done.
+
+Usage: captured_worker.py RANK FOLDER, where FOLDER holds case.json: {checkpoint, num_valid_tokens, options, overlap,
+refusing, schedules}. Device and graphs are simulated: the engine is set up as on a GPU with room for everything, and
+replaying a graph calls its function. What is in `refusing` are ranks with kernels that cannot be captured.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from replayed_graphs import ReplayedGraphs
+from simulated_device import SimulatedDevice
+
+from dsengine.config import EngineConfig
+from dsengine.engine import device_setup
+from dsengine.engine.build import build_engine
+from dsengine.engine.core import EngineCore
+from dsengine.engine.device_setup import DeviceSetup
+from dsengine.engine.memory_ledger import MemoryLedger
+from dsengine.engine.messages import AddRequest
+from dsengine.engine.model_runner import ModelRunner, StepOutputs
+from dsengine.engine.sampling_params import SamplingParams
+from dsengine.parallel.groups import World, join_world
+
+MOST_STEPS = 200
+Schedule = list[list[list[tuple[list[int], int]]]]
+"""[step][group]: the requests that come before it, each a prompt and the number of tokens wanted."""
+
+
+class Plenty:
+    """Memory of a device that is never short of it."""
+
+    def total(self) -> int:
+        return 2**36
+
+    def free(self) -> int:
+        return 2**35
+
+    def extra_needed(self, work: Callable[[], object]) -> int:
+        work()
+        return 2**20
+
+
+class RecordingRunner:
+    """Writes down, for each step of a runner, the number of the graph that was replayed, in the order of their capture;
+    -1: none was. It does so where the step runs, which may be behind the host."""
+
+    def __init__(self, runner: ModelRunner, graphs: ReplayedGraphs) -> None:
+        self.replayed: list[int] = []
+        self._forward, self._graphs = runner.forward, graphs
+        pytest.MonkeyPatch().setattr(runner, "forward", self.forward)
+
+    def forward(self, *args: Any) -> StepOutputs:
+        before = self._counts()
+        outputs = self._forward(*args)
+        changed = [graph for graph, (a, b) in enumerate(zip(before, self._counts(), strict=True)) if a != b]
+        assert len(changed) <= 1
+        self.replayed.append(changed[0] if changed else -1)
+        return outputs
+
+    def _counts(self) -> list[int]:
+        return [graph.num_replays for graph in self._graphs.captured]
+
+
+def build(case: dict[str, Any], rank: int, world: World, device: SimulatedDevice) -> tuple[EngineCore, ReplayedGraphs]:
+    backends = [ReplayedGraphs()]
+
+    def new_backend() -> ReplayedGraphs:
+        backends.append(ReplayedGraphs())
+        return backends[-1]
+
+    def as_on_cuda(setup: DeviceSetup) -> tuple[ModelRunner, MemoryLedger]:
+        return setup.on_cuda(Plenty(), new_backend)
+
+    obstacles = ["moe_experts=cpu"] if rank in case["refusing"] else []
+    patch = pytest.MonkeyPatch()
+    patch.setattr(device_setup, "operations_against_capture", lambda *_: obstacles)
+    patch.setattr(DeviceSetup, "on_cpu", as_on_cuda)
+    core = build_engine(
+        EngineConfig(**case["options"]),
+        Path(case["checkpoint"]),
+        eos_token_ids=frozenset(),
+        num_valid_tokens=case["num_valid_tokens"],
+        queue=device if case["overlap"] else None,
+        world=world,
+    )
+    return core, backends[-1]
+
+
+def run(core: EngineCore, world: World, schedule: Schedule) -> dict[str, list[int]]:
+    """The tokens of this rank's requests."""
+    tokens: dict[str, list[int]] = {}
+    for number in range(MOST_STEPS):
+        arriving = schedule[number][world.dp_rank] if number < len(schedule) else []
+        for place, (prompt, count) in enumerate(arriving):
+            request_id = f"{number}-{place}"
+            tokens[request_id] = []
+            params = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True)
+            core.add_request(AddRequest(request_id, prompt, params), time.monotonic())
+        is_over = number >= len(schedule) and not core.has_work
+        if all(answer for [answer] in world.all_gather_ints([int(is_over)])):
+            break
+        for update in core.step(time.monotonic()).updates:
+            assert update.error is None
+            tokens[update.request_id] += update.new_token_ids
+    assert not core.has_work, "it does not come to an end"
+    core.check_integrity()
+    return tokens
+
+
+def main(rank: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    case = json.loads((folder / "case.json").read_text())
+    options = case["options"]
+    world = join_world(
+        rank,
+        options["tp_size"],
+        attn_dp_size=options["attn_dp_size"],
+        device=torch.device("cpu"),
+        rendezvous=folder / "rendezvous",
+        timeout_s=60,
+    )
+    with contextlib.closing(SimulatedDevice()) as device:
+        core, graphs = build(case, rank, world, device)
+        recorder = RecordingRunner(core._launcher.runner, graphs)
+        tokens, steps = [], []
+        for schedule in case["schedules"]:
+            tokens.append(run(core, world, schedule))
+            steps.append(core.num_steps)
+    told = {
+        "sizes": core.info.cuda_graph_bs,
+        "captured": len(graphs.captured),
+        "tokens": tokens,
+        "replayed": [recorder.replayed[a:b] for a, b in pairwise([0, *steps])],
+    }
+    (folder / f"rank{rank}.json").write_text(json.dumps(told))
+    world.close()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), Path(sys.argv[2]))
