@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-import time
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -98,7 +97,7 @@ def build(case: dict[str, Any], rank: int, world: World, device: SimulatedDevice
 
 
 def run(core: EngineCore, world: World, schedule: Schedule) -> dict[str, list[int]]:
-    """The tokens of this rank's requests."""
+    """The tokens of this rank's requests. The number of the step is the time, which all ranks must have alike."""
     tokens: dict[str, list[int]] = {}
     for number in range(MOST_STEPS):
         arriving = schedule[number][world.dp_rank] if number < len(schedule) else []
@@ -106,11 +105,11 @@ def run(core: EngineCore, world: World, schedule: Schedule) -> dict[str, list[in
             request_id = f"{number}-{place}"
             tokens[request_id] = []
             params = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True)
-            core.add_request(AddRequest(request_id, prompt, params), time.monotonic())
+            core.add_request(AddRequest(request_id, prompt, params), float(number))
         is_over = number >= len(schedule) and not core.has_work
         if all(answer for [answer] in world.all_gather_ints([int(is_over)])):
             break
-        for update in core.step(time.monotonic()).updates:
+        for update in core.step(float(number)).updates:
             assert update.error is None
             tokens[update.request_id] += update.new_token_ids
     assert not core.has_work, "it does not come to an end"

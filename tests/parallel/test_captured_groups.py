@@ -170,12 +170,11 @@ def test_one_rank_that_cannot_capture_keeps_all_from_it(bench: Bench) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("trees", [{}, TREES], ids=["plain", "trees"])
 @pytest.mark.parametrize("groups", [2, 4])
-@pytest.mark.parametrize("overlap", [False, True], ids=["in turn", "overlapped"])
-def test_four_ranks(bench: Bench, groups: int, trees: dict[str, Any], overlap: bool) -> None:
-    scripts = random_scripts(40, groups, len(bench.prompts))
-    told = bench.run(scripts, overlap=overlap, tp_size=4, attn_dp_size=groups, ep_size=4, **trees)
+@pytest.mark.parametrize("options", [{}, {"overlap": True}, TREES], ids=["plain", "overlapped", "trees"])
+def test_four_ranks(bench: Bench, groups: int, options: dict[str, Any]) -> None:
+    scripts = random_scripts(20, groups, len(bench.prompts))
+    told = bench.run(scripts, tp_size=4, attn_dp_size=groups, ep_size=4, **options)
     assert len(replays(told)) > 3
 
 
