@@ -29,6 +29,8 @@ from dsengine.engine.memory_ledger import MemoryLedger
 from dsengine.engine.messages import AddRequest
 from dsengine.engine.model_runner import ModelRunner, StepOutputs
 from dsengine.engine.sampling_params import SamplingParams
+from dsengine.model.deepseek import DeepseekModel
+from dsengine.model.moe import MixtureOfExperts
 from dsengine.parallel.groups import World, join_world
 
 MOST_STEPS = 200
@@ -117,6 +119,13 @@ def run(core: EngineCore, world: World, schedule: Schedule) -> dict[str, list[in
     return tokens
 
 
+def experts_moved(model: DeepseekModel) -> bool:
+    """Whether experts of any layer lie elsewhere than at the start."""
+    beginning = tuple(model.slots.layout.expert_placement(model.config.n_routed_experts))
+    layers = [layer.mlp for layer in model.layers if isinstance(layer.mlp, MixtureOfExperts)]
+    return any(mlp.places is not None and mlp.places.placement != beginning for mlp in layers)
+
+
 def main(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     case = json.loads((folder / "case.json").read_text())
@@ -139,6 +148,7 @@ def main(rank: int, folder: Path) -> None:
     told = {
         "sizes": core.info.cuda_graph_bs,
         "captured": len(graphs.captured),
+        "experts_moved": experts_moved(core.model),
         "tokens": tokens,
         "replayed": [recorder.replayed[a:b] for a, b in pairwise([0, *steps])],
     }

@@ -36,6 +36,7 @@ OPTIONS: dict[str, Any] = {
     "num_threads": 1,
 }
 TREES: dict[str, Any] = {"speculative_algorithm": "NEXTN", "speculative_eagle_topk": 2, "speculative_num_steps": 2}
+MOVING = {"enable_eplb": True, "ep_num_redundant_experts": 4, "eplb_rebalance_num_iterations": 7}
 Script = list[list[list[tuple[int, int]]]]
 """[step][group]: the requests that come before it: number of the prompt, number of tokens wanted."""
 
@@ -171,11 +172,14 @@ def test_one_rank_that_cannot_capture_keeps_all_from_it(bench: Bench) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("groups", [2, 4])
-@pytest.mark.parametrize("options", [{}, {"overlap": True}, TREES], ids=["plain", "overlapped", "trees"])
+@pytest.mark.parametrize(
+    "options", [{}, {"overlap": True}, TREES, MOVING], ids=["plain", "overlapped", "trees", "experts move"]
+)
 def test_four_ranks(bench: Bench, groups: int, options: dict[str, Any]) -> None:
     scripts = random_scripts(20, groups, len(bench.prompts))
     told = bench.run(scripts, tp_size=4, attn_dp_size=groups, ep_size=4, **options)
     assert len(replays(told)) > 3
+    assert all(rank["experts_moved"] == ("enable_eplb" in options) for rank in told)
 
 
 def scheduled(start: int, count: int, **changes: Any) -> ScheduledRequest:
