@@ -69,13 +69,6 @@ class ExpertBalancer:
         self._loads = self._world.all_reduce(counts).tolist()
         self._next = 0
 
-    def imbalances(self) -> list[float]:
-        """By layer: the load of the busiest rank over the mean, by the counts of the last `begin`."""
-        return [
-            imbalance(loads, places.placement, self._world.size)
-            for loads, (_, places) in zip(self._loads, self._moes, strict=True)
-        ]
-
     def advance(self) -> int:
         """Look at the next layer, and move its experts if that is worth it; returns how many moved."""
         moe, places = self._moes[self._next]

@@ -28,23 +28,3 @@ def answers(model: DeepseekModel) -> dict[str, Tensor]:
             drafted = model.nextn.forward(hidden, batch.input_ids.roll(-1), batch, session.kv_caches[-1])
             found["nextn"] = model.compute_logits(drafted)
     return found
-
-
-def held_bytes(model: DeepseekModel) -> int:
-    """Bytes of all the model's parameters, each storage once; the rotary table is not one."""
-    storages: dict[int, int] = {}
-    seen: set[int] = set()
-    queue: list[object] = [model]
-    while queue:
-        item = queue.pop()
-        if id(item) in seen:
-            continue
-        seen.add(id(item))
-        if isinstance(item, Tensor):
-            if item is not model.cos_sin:
-                storages[item.untyped_storage().data_ptr()] = item.untyped_storage().nbytes()
-        elif isinstance(item, list | tuple):
-            queue.extend(item)
-        elif type(item).__module__.startswith("dsengine.model"):
-            queue.extend(vars(item).values())
-    return sum(storages.values())

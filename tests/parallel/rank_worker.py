@@ -11,9 +11,10 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from step_answers import answers, held_bytes
+from step_answers import answers
 from tiny_checkpoints import CPU, load_tiny
 
+from benchmarks.parallel import held_bytes
 from dsengine.parallel.groups import join_world
 
 

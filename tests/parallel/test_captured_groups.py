@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rank_processes import run_worker
 from tiny_engine import TOKENIZER_SIZE, random_prompts, write_tiny_checkpoint
 
 from dsengine import LLM, SamplingParams
@@ -19,8 +17,6 @@ from dsengine.engine.lock_step import DECODE, LockStep, StepKind, summary
 from dsengine.engine.request import Request
 from dsengine.specdec.shape import TreeShape
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
 TIMEOUT_S = 120
 LONGEST = 30
 OUTPUT_LENGTH = 10
@@ -80,21 +76,8 @@ def run_ranks(folder: Path, case: dict[str, Any]) -> list[dict[str, Any]]:
     """What each rank has done; no rank outlives this call."""
     folder.mkdir()
     (folder / "case.json").write_text(json.dumps(case))
-    paths = [str(ROOT), str(ROOT / "tests" / "engine")]
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(HERE / "captured_worker.py")]
     count = case["options"]["tp_size"]
-    ranks = [
-        subprocess.Popen([*command, str(rank), str(folder)], env=env, stderr=subprocess.PIPE, text=True)
-        for rank in range(count)
-    ]
-    try:
-        errors = [rank.communicate(timeout=TIMEOUT_S)[1] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.wait()
-    assert all(rank.returncode == 0 for rank in ranks), "\n".join(errors)
+    run_worker("captured_worker.py", count, folder, helpers=["engine"], timeout_s=TIMEOUT_S)
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(count)]
 
 

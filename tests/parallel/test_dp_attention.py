@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
-import subprocess
-import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,14 +13,13 @@ import torch
 from dp_steps import GroupRun, Schedule, options_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from rank_processes import ROOT, run_worker
 from safetensors.torch import load_file
 from tiny_checkpoints import FP8_QUANTIZATION, TINY_CONFIGS, load_tiny
 
 from dsengine.model.random_checkpoint import write_random_checkpoint
 from dsengine.parallel.exchange import token_shares
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
 DEMO = ROOT / "dsengine" / "demo" / "checkpoint"
 TIMEOUT_S = 240
 RANKS = 4
@@ -84,22 +80,9 @@ def run_ranks(folder: Path, cases: list[dict[str, Any]]) -> tuple[list[dict[str,
     """What each rank answered, and told of each case; no rank outlives this call."""
     folder.mkdir()
     (folder / "cases.json").write_text(json.dumps(cases))
-    paths = [str(ROOT), str(HERE), str(ROOT / "tests" / "model")]
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(HERE / "dp_worker.py")]
     with socket.create_server(("127.0.0.1", 0)) as probe:
         address = f"127.0.0.1:{probe.getsockname()[1]}"
-    ranks = [
-        subprocess.Popen([*command, str(rank), str(folder), address], env=env, stderr=subprocess.PIPE, text=True)
-        for rank in range(RANKS)
-    ]
-    try:
-        errors = [rank.communicate(timeout=TIMEOUT_S)[1] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.wait()
-    assert all(rank.returncode == 0 for rank in ranks), "\n".join(errors)
+    run_worker("dp_worker.py", RANKS, folder, address, helpers=["model"], timeout_s=TIMEOUT_S)
     answers = [load_file(folder / f"rank{rank}.safetensors") for rank in range(RANKS)]
     return answers, [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(RANKS)]
 

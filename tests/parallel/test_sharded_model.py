@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rank_processes import ROOT, run_worker
 from safetensors.torch import load_file
-from step_answers import STEPS, answers, held_bytes
+from step_answers import STEPS, answers
 from tiny_checkpoints import FP8_QUANTIZATION, TINY_CONFIGS, load_tiny
 
+from benchmarks.parallel import held_bytes
 from dsengine.model.random_checkpoint import write_random_checkpoint
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
 DEMO = ROOT / "dsengine" / "demo" / "checkpoint"
 WORLD_TIMEOUT_S = 120
 
@@ -43,20 +40,7 @@ def run_world(folder: Path, size: int, cases: list[dict[str, Any]]) -> None:
     """Run the cases on `size` ranks; none of them outlives this call."""
     folder.mkdir()
     (folder / "cases.json").write_text(json.dumps(cases))
-    paths = [str(ROOT), str(HERE), str(ROOT / "tests" / "model")]
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(HERE / "rank_worker.py")]
-    ranks = [
-        subprocess.Popen([*command, str(rank), str(size), str(folder)], env=env, stderr=subprocess.PIPE, text=True)
-        for rank in range(size)
-    ]
-    try:
-        errors = [rank.communicate(timeout=WORLD_TIMEOUT_S)[1] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.wait()
-    assert all(rank.returncode == 0 for rank in ranks), "\n".join(errors)
+    run_worker("rank_worker.py", size, size, folder, helpers=["model"], timeout_s=WORLD_TIMEOUT_S)
 
 
 @pytest.mark.parametrize("size", [2, 4])
