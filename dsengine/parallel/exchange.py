@@ -92,14 +92,27 @@ class GatherExchange:
         self._world = world
 
     def dispatch(self, rows: Tensor, places: Tensor, shares: TokenShares) -> tuple[Tensor, Combine]:
-        world, own = self._world, len(rows)
-        if shares.is_padded:
-            padded = _padded(rows, max(shares.counts))
-            return world.all_gather_rows(padded), lambda partial: world.reduce_scatter_rows(partial)[:own]
-        first = sum(shares.counts[: world.rank])
-        everything = rows.new_zeros((shares.num_tokens, rows.shape[1]))
-        everything[first : first + own] = rows
-        return world.all_reduce(everything), lambda partial: world.all_reduce(partial)[first : first + own]
+        return gather_tokens(self._world, rows, shares)
+
+
+def gather_tokens(world: Group, rows: Tensor, shares: TokenShares) -> tuple[Tensor, Combine]:
+    """Bring the shares of all ranks to every rank.
+
+    Args:
+        rows: [n, ...], this rank's share.
+
+    Returns:
+        ([m, ...], in the order of the ranks, where `is_padded` with rows of zeros after each shorter share; what makes
+        of this rank's summands [m, h] the sums over all ranks [n, h] of the tokens that it brought).
+    """
+    own = len(rows)
+    if shares.is_padded:
+        padded = _padded(rows, max(shares.counts))
+        return world.all_gather_rows(padded), lambda partial: world.reduce_scatter_rows(partial)[:own]
+    first = sum(shares.counts[: world.rank])
+    everything = rows.new_zeros((shares.num_tokens, *rows.shape[1:]))
+    everything[first : first + own] = rows
+    return world.all_reduce(everything), lambda partial: world.all_reduce(partial)[first : first + own]
 
 
 class AllToAllExchange:
