@@ -37,10 +37,11 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "tokenizer": frozenset({"config", "tokenizer"}),
     "llm": LLM,
     "server": SERVER,
-    "demo": SERVER | {"demo"},
+    "demo": SERVER | {"demo", "flags"},
     "progress": frozenset(),
     "simulate": ENGINE | {"simulate"},
-    "cli": SERVER | {"cli", "demo", "plan", "simulate"},
+    "flags": frozenset(),
+    "cli": SERVER | {"cli", "demo", "flags", "plan", "simulate"},
     "": LLM | {"cli"},
 }
 # Top-level modules that belong to a room by another name.
@@ -48,6 +49,7 @@ ROOM_OF_MODULE = {
     "__init__": "",
     "__main__": "",
     "chat_client": "cli",
+    "cli_flags": "flags",
     "doctor": "cli",
     "kv_drift": "cli",
     "outputs": "llm",
