@@ -21,7 +21,7 @@ class MoeExperts(Protocol):
         x: Tensor,
         w_gate_up: Tensor,
         w_down: Tensor,
-        topk_weights: Tensor,
+        topk_weights: Tensor | None,
         topk_ids: Tensor,
         *,
         w_gate_up_scale: Tensor | None = None,
@@ -36,7 +36,7 @@ def moe_experts(
     x: Tensor,
     w_gate_up: Tensor,
     w_down: Tensor,
-    topk_weights: Tensor,
+    topk_weights: Tensor | None,
     topk_ids: Tensor,
     *,
     w_gate_up_scale: Tensor | None = None,
@@ -57,7 +57,8 @@ def moe_experts(
         x: [T, h], float, or float8_e4m3fn with `x_scale`.
         w_gate_up: [E, 2 I, h], the I gate rows, then the I up rows; x's dtype, or float8_e4m3fn with scales.
         w_down: [E, h, I], of the same dtype as w_gate_up.
-        topk_weights: float32 [T, K].
+        topk_weights: float32 [T, K]. None, where K is 1: every token's product as it is, for whoever weights it later;
+            rows of negative ids may then hold anything.
         topk_ids: int [T, K] in [0, E). A negative id adds nothing (an expert that lives on another rank).
         w_gate_up_scale: float32 [E, 2, ⌈I/128⌉, ⌈h/128⌉], `weight_scale_inv` of gate and of up. They are kept apart
             because each was cut into blocks from its own first row: where I is no multiple of 128, up's blocks do not
@@ -101,16 +102,19 @@ def moe_experts(
     )
 
 
-def _check_experts(x: Tensor, w_gate_up: Tensor, w_down: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> None:
+def _check_experts(x: Tensor, w_gate_up: Tensor, w_down: Tensor, topk_weights: Tensor | None, topk_ids: Tensor) -> None:
     check_shape("x", x, None, None)
     tokens, hidden = x.shape
     check_shape("w_down", w_down, None, hidden, None)
     experts, _, inter = w_down.shape
     check_shape("w_gate_up", w_gate_up, experts, 2 * inter, hidden)
     check_dtype("w_down", w_down, w_gate_up.dtype)
-    check_shape("topk_weights", topk_weights, tokens, None)
-    check_dtype("topk_weights", topk_weights, torch.float32)
-    check_shape("topk_ids", topk_ids, tokens, topk_weights.shape[1])
+    if topk_weights is None:
+        check_shape("topk_ids without topk_weights", topk_ids, tokens, 1)
+    else:
+        check_shape("topk_weights", topk_weights, tokens, None)
+        check_dtype("topk_weights", topk_weights, torch.float32)
+        check_shape("topk_ids", topk_ids, tokens, topk_weights.shape[1])
     check_dtype("topk_ids", topk_ids, *INTS)
     check_device(x.device, w_gate_up=w_gate_up, w_down=w_down, topk_weights=topk_weights, topk_ids=topk_ids)
 

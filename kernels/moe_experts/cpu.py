@@ -25,7 +25,7 @@ def moe_experts_cpu(
     x: Tensor,
     w_gate_up: Tensor,
     w_down: Tensor,
-    topk_weights: Tensor,
+    topk_weights: Tensor | None,
     topk_ids: Tensor,
     *,
     w_gate_up_scale: Tensor | None = None,
@@ -36,6 +36,8 @@ def moe_experts_cpu(
 ) -> Tensor:
     out_dtype = out_dtype or x.dtype
     top_k = topk_ids.shape[1]
+    if topk_weights is None:
+        topk_weights = torch.ones(topk_ids.shape)
     experts, hidden, inter = w_down.shape
     sorted_ids, order = topk_ids.reshape(-1).sort(stable=True)
     # Pairs of experts that live elsewhere have negative ids and sort first.

@@ -15,7 +15,7 @@ def moe_experts_ref(
     x: Tensor,
     w_gate_up: Tensor,
     w_down: Tensor,
-    topk_weights: Tensor,
+    topk_weights: Tensor | None,
     topk_ids: Tensor,
     *,
     w_gate_up_scale: Tensor | None = None,
@@ -43,7 +43,8 @@ def moe_experts_ref(
         inter = F.silu(gate) * up
         if x_scale is not None:
             inter = requantized(inter.to(out_dtype), scale_fmt)
-        out.index_add_(0, token, inter @ down.T * topk_weights[token, k, None])
+        product = inter @ down.T
+        out.index_add_(0, token, product if topk_weights is None else product * topk_weights[token, k, None])
     return out.to(out_dtype)
 
 

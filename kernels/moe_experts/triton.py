@@ -42,7 +42,7 @@ def moe_experts_triton(
     x: Tensor,
     w_gate_up: Tensor,
     w_down: Tensor,
-    topk_weights: Tensor,
+    topk_weights: Tensor | None,
     topk_ids: Tensor,
     *,
     w_gate_up_scale: Tensor | None = None,
@@ -70,14 +70,16 @@ def moe_experts_triton(
     capability = capability or (compute_capability(x.device) if x.device.type == "cuda" else HOPPER)
     config = config or find_config(x, experts, topk_ids.shape[1], capability)
     check_config(config, fp8_weights=experts.is_fp8)
-    x, topk_weights, topk_ids = (t.contiguous() for t in (x, topk_weights, topk_ids))
+    x, topk_ids = x.contiguous(), topk_ids.contiguous()
     is_direct = x.shape[0] <= min(DIRECT_TOKENS, config["block_m"])
     tiles = None if is_direct else align_pairs(topk_ids, experts.down.shape[0], config["block_m"])
     single = torch.float32 if out_dtype == torch.float64 else out_dtype
     launch = Launch(experts, topk_ids, tiles, config, capability, single, scale_fmt)
     inter, inter_scale = launch.gate_up(x, None if x_scale is None else x_scale.contiguous())
     rows = launch.down(inter, inter_scale)
-    return combine(rows, topk_weights, topk_ids).to(out_dtype)
+    if topk_weights is not None:
+        rows = combine(rows, topk_weights.contiguous(), topk_ids)
+    return rows.to(out_dtype)
 
 
 @dataclass(frozen=True)

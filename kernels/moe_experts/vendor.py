@@ -45,7 +45,7 @@ def moe_experts_vendor(
     x: Tensor,
     w_gate_up: Tensor,
     w_down: Tensor,
-    topk_weights: Tensor,
+    topk_weights: Tensor | None,
     topk_ids: Tensor,
     *,
     w_gate_up_scale: Tensor | None = None,
@@ -70,6 +70,8 @@ def moe_experts_vendor(
             scale_fmt=scale_fmt,
         )
     assert w_gate_up_scale is not None and w_down_scale is not None
+    if topk_weights is None:
+        topk_weights = torch.ones(topk_ids.shape, device=x.device)
     x, x_scale, topk_weights, topk_ids = (t.contiguous() for t in (x, x_scale, topk_weights, topk_ids))
     tokens, top_k = topk_ids.shape
     experts = w_down.shape[0]

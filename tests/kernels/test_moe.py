@@ -215,6 +215,19 @@ def test_experts_elsewhere_add_nothing_and_unused_ones_are_not_touched(backend, 
 
 
 @on_cpu(MOE_EXPERTS)
+@pytest.mark.parametrize("tokens", [6, 200])
+def test_rows_that_others_weight_later(backend, tokens):
+    """One expert each, or none: such rows may hold anything before and after."""
+    x, gate_up, down, _, ids = experts_input(tokens, 4, 1, 32, 16)
+    ids[::3] = -1
+    x[::3] = torch.nan
+    out = moe_experts(x, gate_up, down, None, ids, backend=backend)
+    used = ids[:, 0] >= 0
+    expected = by_definition(x[used], gate_up, down, torch.ones(int(used.sum()), 1), ids[used])
+    torch.testing.assert_close(out[used].double(), expected, rtol=1e-4, atol=1e-5)
+
+
+@on_cpu(MOE_EXPERTS)
 def test_experts_all_tokens_to_one(backend):
     x, gate_up, down, weights, ids = experts_input(400, 5, 1, 32, 16)
     ids.fill_(3)
@@ -327,6 +340,8 @@ def test_experts_refuse_what_does_not_fit():
         moe_experts(x, *codes, weights, ids, w_gate_up_scale=torch.ones(4, 1, 1), w_down_scale=torch.ones(4, 1, 1))
     with pytest.raises(ValueError, match=r"x without x_scale has dtype torch\.float8_e4m3fn"):
         moe_experts(x.to(torch.float8_e4m3fn), *codes, weights, ids)
+    with pytest.raises(ValueError, match=r"topk_ids without topk_weights has shape \[2, 2\]; expected \[2, 1\]"):
+        moe_experts(x, gate_up, down, None, ids)
 
 
 @pytest.mark.parametrize(

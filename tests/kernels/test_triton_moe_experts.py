@@ -173,6 +173,23 @@ def test_experts_elsewhere_add_nothing_and_unused_ones_are_not_touched(device, t
     assert nowhere.equal(torch.zeros_like(nowhere))
 
 
+@pytest.mark.parametrize("kind", KINDS, ids=["bf16", "weight-only", "W8A8"])
+@pytest.mark.parametrize("tokens", [6, 40])
+def test_rows_that_others_weight_later(device, kind, tokens):
+    """The same products as with weights of 1; what is in rows without an expert, NaN here, goes nowhere."""
+    arguments = kind(tokens, 4, 1, 128, 128, device)
+    ids, weights = arguments["topk_ids"], torch.ones_like(arguments["topk_weights"])
+    ids[::3] = -1
+    expected = moe_experts(**arguments | {"topk_weights": weights}, backend=moe_experts_triton)
+    if "x_scale" in arguments:
+        arguments["x_scale"][::3] = torch.nan
+    else:
+        arguments["x"][::3] = torch.nan
+    out = moe_experts(**arguments | {"topk_weights": None}, backend=moe_experts_triton)
+    used = ids[:, 0] >= 0
+    assert out[used].equal(expected[used])
+
+
 @pytest.mark.parametrize("tokens", [4, 40])
 def test_all_tokens_to_one_expert_and_an_expert_named_twice(device, tokens):
     arguments = problem(tokens, 3, 2, 64, 64, device)

@@ -106,6 +106,18 @@ def test_both_layouts_against_the_reference(device, deep_gemm, monkeypatch, layo
     assert out.isfinite().all() and error < 0.02
 
 
+def test_rows_that_others_weight_later(device, deep_gemm):
+    vendor = importlib.import_module(VENDOR)
+    arguments = problem(40, 4, device)
+    ids = arguments["topk_ids"] = arguments["topk_ids"][:, 1:].contiguous()
+    arguments["topk_weights"] = None
+    out = moe_experts(**arguments, backend=vendor.moe_experts_vendor)
+    used = ids[:, 0] >= 0
+    assert deep_gemm.calls and not used.all()
+    error = (out - moe_experts(**arguments)).float()[used].norm() / out.float()[used].norm()
+    assert error < 0.02
+
+
 def test_what_deep_gemm_does_not_compute_goes_to_triton(device, deep_gemm):
     vendor = importlib.import_module(VENDOR)
     arguments = problem(4, 4, device)
