@@ -13,16 +13,14 @@ context that are nobody's and are overwritten later.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from dsengine.model.deepseek import DeepseekModel
 from dsengine.model.forward_batch import ForwardBatch
-from dsengine.model.transfer import upload
 from dsengine.specdec.drawn_tree import DrawnGrower, DrawSource
 from dsengine.specdec.shape import TreeShape
 from dsengine.specdec.tree import ChainGrower, Grower, TokenTree, TreeGrower
@@ -42,9 +40,10 @@ class DraftTargets:
     """B requests that want a tree each; their newest token, the root, is the only one without a cache entry.
 
     Attributes:
-        texts: tokens known to the host, the root included.
+        texts: tokens known to the host, the root included; only for a drafter that reads them.
         roots: int64 [B], newest tokens.
-        context_lens: cached tokens of each, which is the root's position.
+        contexts: int64 [B], cached tokens of each, which is the root's position; 0: no request but padding.
+        context_lens: the same on the host, or bounds of it.
         block_table: int32 [B, max_blocks], with room for `TreeShape.num_slots` entries after the context.
         rows: int64 [B], each request's row of the drafter's memory.
         draws: draw the nodes, where the drafter knows a distribution, rather than take the likeliest.
@@ -52,6 +51,7 @@ class DraftTargets:
 
     texts: Sequence[Text]
     roots: Tensor
+    contexts: Tensor
     context_lens: tuple[int, ...]
     block_table: Tensor
     rows: Tensor
@@ -64,6 +64,10 @@ class Drafter(Protocol):
         ...
 
 
+Meet = Callable[[int], tuple[int, ...] | None]
+"""Gives the tokens that every attention group has in the next pass, told this one's; None: there is one group."""
+
+
 class NextNDrafter:
     """Drafts with the NextN layer.
 
@@ -71,7 +75,10 @@ class NextNDrafter:
         kv_cache: the layer's cache, [blocks, block_size, width].
         num_rows: requests that can be under way at once.
         num_valid_tokens: ids from here on are never proposed.
-        meet: gives the tokens that every attention group has in the next pass, told this one's; None: there is one.
+        meet: asks the other groups.
+
+    Attributes:
+        padding_row: of the drafter's memory, for what is no request; always zero.
 
     Raises:
         ValueError: the model has no NextN layer.
@@ -83,7 +90,7 @@ class NextNDrafter:
         kv_cache: Tensor,
         num_rows: int,
         num_valid_tokens: int,
-        meet: Callable[[int], tuple[int, ...] | None] = lambda num_tokens: None,
+        meet: Meet = lambda num_tokens: None,
     ) -> None:
         if model.nextn is None:
             raise ValueError(
@@ -96,7 +103,8 @@ class NextNDrafter:
         self._num_valid_tokens = num_valid_tokens
         self._meet = meet
         # The main model's hidden state before each request's newest token: what the next drafts start from.
-        self._hidden = torch.zeros((num_rows, model.config.hidden_size), dtype=model.dtype, device=model.device)
+        self._hidden = torch.zeros((num_rows + 1, model.config.hidden_size), dtype=model.dtype, device=model.device)
+        self.padding_row = num_rows
 
     def extend(
         self, hidden: Tensor, next_ids: Tensor, positions: Tensor, slots: Tensor, last: Tensor, rows: Tensor
@@ -113,29 +121,35 @@ class NextNDrafter:
         self._nextn.store(hidden, next_ids, positions, slots, self._kv_cache)
         self._hidden.index_copy_(0, rows, hidden[last])
 
-    def draft(self, targets: DraftTargets, shape: TreeShape) -> TokenTree:
-        """Grow the trees a generation at a time; of those that are not drawn, keep the likeliest nodes."""
-        slots = _SlotsAfter(targets, shape.num_drafter_nodes, self._kv_cache.shape[1])
+    def draft(self, targets: DraftTargets, shape: TreeShape, meet: Meet | None = None) -> TokenTree:
+        """Grow the trees a generation at a time; of those that are not drawn, keep the likeliest nodes.
+
+        The host waits for nothing, so that it can be captured.
+
+        Args:
+            meet: what is known of the other groups without asking them.
+        """
+        passes = _Passes(targets, shape.num_drafter_nodes, self._kv_cache.shape[1], meet or self._meet)
         if targets.draws is not None:
             drawn = DrawnGrower(targets.roots, shape, targets.draws)
-            self._grow(drawn, targets, shape, slots)
+            self._grow(drawn, targets, shape, passes)
             return drawn.tree
         if shape.topk == 1:
             chain = ChainGrower(targets.roots)
-            self._grow(chain, targets, shape, slots)
+            self._grow(chain, targets, shape, passes)
             return chain.tree
         grower = TreeGrower(targets.roots, shape.topk)
-        self._grow(grower, targets, shape, slots)
+        self._grow(grower, targets, shape, passes)
         return grower.select(shape.num_nodes)
 
-    def _grow(self, grower: Grower, targets: DraftTargets, shape: TreeShape, slots: _SlotsAfter) -> None:
-        hidden = self._run_roots(targets, slots)
+    def _grow(self, grower: Grower, targets: DraftTargets, shape: TreeShape, passes: _Passes) -> None:
+        hidden = self._run(self._hidden[targets.rows][:, None], targets.roots[:, None], passes.roots())
         if shape.topk == 1:
             # All earlier nodes are seen, so that only the newest is run.
             grower.expand(self._log_probs(hidden))
             for depth in range(1, shape.max_depth):
                 newest = grower.tree.tokens[:, -1:]
-                hidden = self._run(hidden, newest, slots.batch(depth - 1, torch.full_like(newest, depth), None))
+                hidden = self._run(hidden, newest, passes.batch(depth - 1, torch.full_like(newest, depth), None))
                 grower.expand(self._log_probs(hidden))
             return
         generation = _Generation.first(hidden)
@@ -144,17 +158,12 @@ class NextNDrafter:
             if not grower.frontier.shape[1]:
                 break
             generation = generation.descend(grower)
-            batch = slots.batch(0, generation.depths, generation.mask)
+            batch = passes.batch(0, generation.depths, generation.mask)
             generation = generation.with_outputs(self._run(generation.inputs, generation.tokens, batch))
             grower.expand(self._log_probs(generation.outputs))
 
-    def _run_roots(self, targets: DraftTargets, slots: _SlotsAfter) -> Tensor:
-        """[B, 1, hidden_size], the layer's output at the roots, whose entries are in the cache."""
-        return self._run(self._hidden[targets.rows][:, None], targets.roots[:, None], slots.roots())
-
     def _run(self, hidden: Tensor, tokens: Tensor, batch: ForwardBatch) -> Tensor:
         """Pass nodes [B, E] through the layer, given the output [B, E, hidden_size] at their parents."""
-        batch = replace(batch, rank_tokens=self._meet(batch.num_tokens))
         return self._nextn.forward(hidden.flatten(0, 1), tokens.flatten(), batch, self._kv_cache).view(hidden.shape)
 
     def wait_for_others(self) -> None:
@@ -245,25 +254,25 @@ class _Generation:
         return _Generation(self.frontier, self.inputs, self.tokens, self.depths, self.mask, newest)
 
 
-class _SlotsAfter:
-    """Cache slots after each target's context, and the NextN layer's batches in them.
+class _Passes:
+    """The NextN layer's batches, in the cache slots after each target's context. Padding stores and sees nothing.
 
     Args:
         count: slots of each.
     """
 
-    def __init__(self, targets: DraftTargets, count: int, block_size: int) -> None:
+    def __init__(self, targets: DraftTargets, count: int, block_size: int, meet: Meet) -> None:
         self._targets = targets
-        self._device = device = targets.block_table.device
-        self._context = upload(np.array(targets.context_lens, dtype=np.int64), device)[:, None]
-        positions = self._context + torch.arange(count, device=device)
-        self._slots = (
-            targets.block_table.long().gather(1, positions // block_size) * block_size + positions % block_size
-        )
+        self._meet = meet
+        self._context = targets.contexts[:, None]
+        self._is_padding = self._context == 0
+        positions = self._context + torch.arange(count, device=self._context.device)
+        slots = targets.block_table.long().gather(1, positions // block_size) * block_size + positions % block_size
+        self._slots = slots.masked_fill(self._is_padding, -1)
 
     def roots(self) -> ForwardBatch:
         """The roots, which stand at the layer's last entries and are not stored again."""
-        return self._batch(-1, torch.full_like(self._context, -1), self._context - 1, None)
+        return self._batch(-1, torch.full_like(self._context, -1), (self._context - 1).clamp(min=0), None)
 
     def batch(self, first: int, depths: Tensor, mask: Tensor | None) -> ForwardBatch:
         """Nodes of these depths [B, E], in the slots from `first` on; all of them see the nodes in the slots before."""
@@ -275,17 +284,19 @@ class _SlotsAfter:
         targets = self._targets
         batch, count = slots.shape
         slots = slots.flatten()
+        seqlens = (self._context + (first + count)).masked_fill(self._is_padding, 0)
         return ForwardBatch(
             input_ids=slots,
             positions=positions.flatten(),
             slot_mapping=slots,
             block_table=targets.block_table,
-            cache_seqlens=(self._context[:, 0] + (first + count)).to(torch.int32),
-            cu_seqlens_q=torch.arange(0, batch * count + 1, count, dtype=torch.int32, device=self._device),
+            cache_seqlens=seqlens[:, 0].to(torch.int32),
+            cu_seqlens_q=torch.arange(0, batch * count + 1, count, dtype=torch.int32, device=slots.device),
             num_decodes=batch,
             num_decode_tokens=batch * count,
             query_lens=(count,) * batch,
             context_lens=tuple(length + first for length in targets.context_lens),
             logits_indices=slots,
-            tree_mask=None if mask is None else mask.flatten(0, 1),
+            tree_mask=None if mask is None else mask.masked_fill(self._is_padding[:, :, None], False).flatten(0, 1),
+            rank_tokens=self._meet(batch * count),
         )

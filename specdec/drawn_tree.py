@@ -14,13 +14,16 @@ from __future__ import annotations
 
 import heapq
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from dsengine.kernels.sample.ref import invert_cdf, uniform
+from dsengine.model.transfer import upload
 from dsengine.specdec.shape import TreeShape
 from dsengine.specdec.tree import DrawnFrom, TokenTree
 
@@ -119,6 +122,59 @@ def _usual_rate(rank: int) -> float:
     return _FIRST_RATE if rank == 0 else (1 - _FIRST_RATE) * 0.5**rank
 
 
+@dataclass(frozen=True)
+class _Expansion:
+    """How the nodes of one depth get their children.
+
+    Attributes:
+        nodes: int64 [F], those of that depth that have children.
+        num_draws: of each of them.
+        picks: int64 [n], which of the F · num_draws draws become nodes.
+        parents: int64 [n], of those.
+    """
+
+    nodes: Tensor
+    num_draws: int
+    picks: Tensor
+    parents: Tensor
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """A `RankTree` on a device.
+
+    Attributes:
+        nothing: int64 [0], the nodes after the last expansion.
+        depths: int64 [N].
+        rows: int64 [N], as in `DrawnFrom`.
+        expansions: by depth.
+    """
+
+    nothing: Tensor
+    depths: Tensor
+    rows: Tensor
+    expansions: tuple[_Expansion, ...]
+
+
+@cache  # captured steps hold the addresses of these tensors
+def _layout(shape: TreeShape, device: torch.device) -> _Layout:
+    def on_device(values: Sequence[int]) -> Tensor:
+        return upload(np.array(values, dtype=np.int64), device)
+
+    tree = rank_tree(shape)
+    rows = [0] * len(tree.depths)
+    for row, node in enumerate(tree.expanded):
+        rows[node] = row
+    expansions = []
+    for depth, at in enumerate(tree.generations):
+        newest = [node for node, other in enumerate(tree.depths) if other == depth + 1]
+        num_draws = 1 + max(tree.ranks[node] for node in newest)
+        picks = [at.index(tree.parents[node]) * num_draws + tree.ranks[node] for node in newest]
+        parents = [tree.parents[node] for node in newest]
+        expansions.append(_Expansion(on_device(at), num_draws, on_device(picks), on_device(parents)))
+    return _Layout(on_device([]), on_device(tree.depths), on_device(rows), tuple(expansions))
+
+
 class DrawnGrower:
     """Grows the trees of one step a generation at a time, as `TreeGrower` does.
 
@@ -127,7 +183,7 @@ class DrawnGrower:
     """
 
     def __init__(self, roots: Tensor, shape: TreeShape, source: DrawSource) -> None:
-        self._nodes = rank_tree(shape)
+        self._layout = _layout(shape, roots.device)
         self._source = source
         self._tokens = roots[:, None]
         self._parents = torch.full_like(self._tokens, -1)
@@ -136,23 +192,21 @@ class DrawnGrower:
     @property
     def frontier(self) -> Tensor:
         """int64 [B, F], the nodes to expand next; F is 0 when the trees are complete."""
-        depth = len(self._probs)
-        nodes = self._nodes.generations[depth] if depth < len(self._nodes.generations) else ()
-        return torch.tensor(nodes, dtype=torch.int64, device=self._tokens.device).expand(len(self._tokens), -1)
+        nodes = self._layout.nothing if self._is_complete else self._layout.expansions[len(self._probs)].nodes
+        return nodes.expand(len(self._tokens), -1)
 
     @property
     def tree(self) -> TokenTree:
         """All nodes so far; with the distributions they were drawn from once the trees are complete."""
-        count = self._tokens.shape[1]
-        depths = torch.tensor(self._nodes.depths[:count], device=self._tokens.device).expand_as(self._tokens)
-        drawn = None
-        if len(self._probs) == len(self._nodes.generations):
-            rows = [0] * count
-            for row, node in enumerate(self._nodes.expanded):
-                rows[node] = row
-            drawn = DrawnFrom(torch.cat(self._probs, dim=1), torch.tensor(rows, device=self._tokens.device))
+        layout = self._layout
+        depths = layout.depths[: self._tokens.shape[1]].expand_as(self._tokens)
+        drawn = DrawnFrom(torch.cat(self._probs, dim=1), layout.rows) if self._is_complete else None
         scores = torch.zeros(self._tokens.shape, device=self._tokens.device)
         return TokenTree(self._tokens, self._parents, depths, scores, drawn)
+
+    @property
+    def _is_complete(self) -> bool:
+        return len(self._probs) == len(self._layout.expansions)
 
     def expand(self, log_probs: Tensor) -> None:
         """Draw the children of the frontier.
@@ -160,30 +214,21 @@ class DrawnGrower:
         Args:
             log_probs: float32 [B, F, V], the drafter's distribution after each frontier node; -inf forbids a token.
         """
-        depth, frontier = len(self._probs), self.frontier
-        first = self._tokens.shape[1]
-        newest = [node for node, at in enumerate(self._nodes.depths) if at == depth + 1]
-        assert newest[0] == first, "a generation is complete before the next one begins"
-        source = self._source
+        depth = len(self._probs)
+        expansion = self._layout.expansions[depth]
+        count, source = expansion.num_draws, self._source
         is_greedy = source.temperature <= 0
         heat = torch.where(is_greedy, 1.0, source.temperature)[:, None, None]
         # Shifted first, so that a tiny temperature cannot overflow.
         probs = ((log_probs - log_probs.amax(dim=-1, keepdim=True)) / heat).softmax(-1)
-        count = 1 + max(self._nodes.ranks[node] for node in newest)
+        assert probs.shape[1] == len(expansion.nodes)
         uniforms = torch.stack([source.draft(depth, index) for index in range(count)], dim=1)
         drawn = draw_children(probs, uniforms)
         drawn = torch.where(is_greedy[:, None, None], log_probs.topk(count, dim=2).indices, drawn)
-        at = self._nodes.generations[depth]
-        pick = torch.tensor(
-            [at.index(self._nodes.parents[node]) * count + self._nodes.ranks[node] for node in newest],
-            device=probs.device,
-        )
-        tokens = drawn.flatten(1)[:, pick]
-        parents = torch.tensor([self._nodes.parents[node] for node in newest], device=probs.device)
+        tokens = drawn.flatten(1)[:, expansion.picks]
         self._tokens = torch.cat((self._tokens, tokens.clamp(min=0)), dim=1)
-        self._parents = torch.cat((self._parents, torch.where(tokens < 0, -1, parents)), dim=1)
+        self._parents = torch.cat((self._parents, torch.where(tokens < 0, -1, expansion.parents)), dim=1)
         self._probs.append(probs)
-        assert frontier.shape[1] == probs.shape[1]
 
 
 def draw_children(probs: Tensor, uniforms: Tensor) -> Tensor:

@@ -185,6 +185,7 @@ class Speculator:
         targets = DraftTargets(
             texts=[s.request for s in plan.trees],
             roots=upload(roots, device),
+            contexts=upload(np.array([s.start for s in plan.trees], dtype=np.int64), device),
             context_lens=tuple(s.start for s in plan.trees),
             block_table=upload(plan.block_table, device),
             rows=upload(plan.rows[: len(plan.trees)], device),

@@ -52,6 +52,7 @@ def targets_of(session: Session, texts: list[list[int]]) -> DraftTargets:
     return DraftTargets(
         texts=requests,
         roots=torch.tensor([text[-1] for text in texts]),
+        contexts=torch.tensor(session.lengths),
         context_lens=tuple(session.lengths),
         block_table=session.block_table,
         rows=torch.arange(len(texts)),
@@ -152,6 +153,7 @@ def test_ngrams_propose_what_followed_before() -> None:
     session_free = DraftTargets(
         texts=[Request("a", text, SamplingParams()), Request("b", [5, 6], SamplingParams())],
         roots=torch.tensor([3, 6]),
+        contexts=torch.tensor([13, 1]),
         context_lens=(13, 1),
         block_table=torch.zeros(2, 1, dtype=torch.int32),
         rows=torch.arange(2),
@@ -170,7 +172,9 @@ def test_ngrams_follow_a_growing_text() -> None:
     drafter = NGramDrafter(torch.device("cpu"))
 
     def proposal() -> list[int]:
-        targets = DraftTargets([request], torch.tensor([0]), (0,), torch.zeros(1, 1), torch.arange(1))
+        targets = DraftTargets(
+            [request], torch.tensor([0]), torch.tensor([0]), (0,), torch.zeros(1, 1), torch.arange(1)
+        )
         tree = drafter.draft(targets, TreeShape(2, 1, 3))
         return tree.tokens[0, tree.parents[0] >= 0].tolist()
 
