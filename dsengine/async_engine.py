@@ -19,6 +19,7 @@ from dsengine.config import EngineConfig, EngineFailurePolicy
 from dsengine.engine.connection import EngineConnection
 from dsengine.engine.constraint import Constraint, SentGrammars
 from dsengine.engine.messages import (
+    MAINTENANCE,
     AbortRequests,
     AddRequest,
     Call,
@@ -116,7 +117,8 @@ class AsyncEngine:
         self._show_progress = show_progress
         self._module = module
         self._sequences: dict[str, Sequence] = {}
-        self._calls: dict[int, asyncio.Future[dict[str, object]]] = {}
+        self._calls: dict[int, tuple[Call, asyncio.Future[dict[str, object]]]] = {}
+        self._weights = ""  # a folder whose weights have taken the place of the checkpoint's
         self._next_call_id = 0
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(EngineOutput)
@@ -265,9 +267,10 @@ class AsyncEngine:
         if not self._ready:
             raise EngineDeadError("the engine is not running")
         self._next_call_id += 1
+        call = Call(self._next_call_id, name, argument)
         future: asyncio.Future[dict[str, object]] = asyncio.get_running_loop().create_future()
-        self._calls[self._next_call_id] = future
-        self._send(Call(self._next_call_id, name, argument))
+        self._calls[call.call_id] = (call, future)
+        self._send(call)
         return await future
 
     def _check_admission(self, request_id: str) -> None:
@@ -291,6 +294,7 @@ class AsyncEngine:
             checkpoint=str(self.checkpoint),
             eos_token_ids=sorted(self.tokenizer.eos_token_ids),
             num_valid_tokens=self.tokenizer.vocab_size,
+            weights=self._weights,
             show_progress=self._show_progress,
         )
         self._connection = await EngineConnection.open(args, self._module)
@@ -347,6 +351,8 @@ class AsyncEngine:
                 if not receive.done():
                     if death.done():
                         break
+                    if any(call.name in MAINTENANCE for call, _ in self._calls.values()):
+                        continue
                     before, spent = spent, connection.cpu_seconds() if self._sequences else None
                     if is_alone and (before is None or spent is None or spent - before > _SLEEPS_BELOW_SECONDS):
                         continue
@@ -386,16 +392,23 @@ class AsyncEngine:
                     if sequence is not None:
                         sequence.put(update)
             case Reply():
-                future = self._calls.pop(message.call_id, None)
-                if future is not None and not future.done():
-                    future.set_result(message.result)
+                self._take_reply(message)
+
+    def _take_reply(self, reply: Reply) -> None:
+        call, future = self._calls.pop(reply.call_id)
+        if call.name == "update_weights" and "error" not in reply.result:
+            # Whether or not anybody still waits: an engine that is started anew is to have the same.
+            self._weights = call.argument
+            self._info = msgspec.structs.replace(self.info, model=call.argument)
+        if not future.done():
+            future.set_result(reply.result)
 
     def _mark_dead(self, reason: str) -> None:
         self._ready = False
         self._stats = EngineStats()
         for sequence in list(self._sequences.values()):
             sequence.put(EngineDeadError(reason))
-        for future in self._calls.values():
+        for _, future in self._calls.values():
             if not future.done():
                 future.set_exception(EngineDeadError(reason))
         self._calls.clear()

@@ -49,6 +49,9 @@ class Agreement(Protocol):
     def everywhere(self, holds: bool) -> bool:
         """Whether something holds on all ranks."""
 
+    def objections(self, own: str | None) -> str | None:
+        """What any rank has against going on, None if none has."""
+
     def step(self, batch: ScheduledBatch) -> LockStep | None:
         """Enter what was scheduled; returns what all groups of ranks with requests of their own make of this step, None
         where there is one group only."""
@@ -74,6 +77,9 @@ class Alone:
 
     def everywhere(self, holds: bool) -> bool:
         return holds
+
+    def objections(self, own: str | None) -> str | None:
+        return own
 
     def step(self, batch: ScheduledBatch) -> LockStep | None:
         return None
@@ -112,6 +118,11 @@ class RankAgreement:
     def everywhere(self, holds: bool) -> bool:
         return all(answer for [answer] in self._world.all_gather_ints([int(holds)]))
 
+    def objections(self, own: str | None) -> str | None:
+        said = self._world.gather_bytes((own or "").encode(errors="replace"), 0)
+        text = None if said is None else _joined([item.decode() for item in said])
+        return self._world.broadcast_bytes(None if text is None else text.encode(), 0).decode() or None
+
     def step(self, batch: ScheduledBatch) -> LockStep | None:
         self._digest = zlib.crc32(_essence(batch), self._digest)
         self._num_steps += 1
@@ -132,6 +143,13 @@ class RankAgreement:
                 raise RanksDisagreeError(
                     f"ranks {rank // width * width} and {rank} have scheduled differently by step {self._num_steps}"
                 )
+
+
+def _joined(objections: list[str]) -> str:
+    """Those of all ranks in one line; what all of them say is said once."""
+    if len(set(objections)) == 1:
+        return objections[0]
+    return "; ".join(f"rank {rank}: {objection}" for rank, objection in enumerate(objections) if objection)
 
 
 def _essence(batch: ScheduledBatch) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -117,6 +118,7 @@ def build_engine(
         agreement=agreement,
         jumps=_jumps(config, has_graphs=runner.graphs is not None),
         latency=_latency(config),
+        verify=partial(_verify, config, world),
     )
 
 
@@ -172,9 +174,15 @@ def _verified_config(
     config: EngineConfig, checkpoint: Path, world: World | None, progress: ProgressCallback | None
 ) -> ModelConfig:
     """The checkpoint's config, after the first rank of each machine has compared the files with their manifest."""
+    _verify(config, world, checkpoint, progress)
+    return ModelConfig.from_hub(checkpoint)
+
+
+def _verify(
+    config: EngineConfig, world: World | None, checkpoint: Path, progress: ProgressCallback | None = None
+) -> None:
     if world is None or world.rank % config.local_size == 0:
         verify_manifest(checkpoint, config.verify_checksums, progress)
-    return ModelConfig.from_hub(checkpoint)
 
 
 def _kernels(

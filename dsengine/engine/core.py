@@ -11,7 +11,7 @@ reads of its socket.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -23,13 +23,22 @@ from dsengine.engine.grammar import GrammarStore
 from dsengine.engine.jump_forward import JumpForward
 from dsengine.engine.latency import LatencyController, within
 from dsengine.engine.launch import LaunchedStep, StepLauncher
-from dsengine.engine.messages import AddRequest, EngineInfo, EngineStats, RequestUpdate, StepOutput, TokenLogprob
+from dsengine.engine.messages import (
+    AddRequest,
+    CallName,
+    EngineInfo,
+    EngineStats,
+    RequestUpdate,
+    StepOutput,
+    TokenLogprob,
+)
 from dsengine.engine.request import Request
 from dsengine.engine.residency import Residency
 from dsengine.engine.sampler import SampledToken
 from dsengine.engine.scheduler import Scheduler
 from dsengine.engine.speculation_book import SpeculationBook
 from dsengine.model.deepseek import DeepseekModel
+from dsengine.model.manifest import verify_manifest
 from dsengine.specdec.shape import TreeShape
 
 NUMERICAL_ERROR = "the model's output for this request is not a finite number"
@@ -46,6 +55,7 @@ class EngineCore:
         jumps: to what grammars leave no choice about; None: there are none.
         latency: chooses how many tokens a step computes; None: always as many as the scheduler may.
         agreement: with the other ranks that run the model; None: there are none.
+        verify: of other weights, as in `Residency`.
     """
 
     def __init__(
@@ -61,6 +71,7 @@ class EngineCore:
         jumps: JumpForward | None = None,
         latency: LatencyController | None = None,
         agreement: Agreement | None = None,
+        verify: Callable[[Path], object] = verify_manifest,
     ) -> None:
         assert book is None or not overlap, "a step with drafts is committed before the next one is scheduled"
         self.info = info
@@ -71,7 +82,7 @@ class EngineCore:
         self.overlap = overlap
         self._scheduler = scheduler
         self._launcher = launcher
-        self.residency = Residency(launcher.runner, Path(info.model))
+        self.residency = Residency(launcher.runner, Path(info.model), verify, self._agreement)
         self._under_way: LaunchedStep | None = None
         self._eos_token_ids = eos_token_ids
         self._seeds = random.Random(seed)
@@ -219,17 +230,32 @@ class EngineCore:
             stats if self._jumps is None else msgspec.structs.replace(stats, num_jumped_tokens=self._jumps.num_tokens)
         )
 
-    def come_to_rest(self) -> None:
-        """Enter what is under way and forget all cached prefixes, before the weights or the cache go.
+    def maintain(self, name: CallName, argument: str) -> int:
+        """Sleep, wake up or take other weights, on all ranks or on none; all cached prefixes are forgotten.
+
+        Args:
+            name: one of `MAINTENANCE`, with its `argument`.
+
+        Returns:
+            the level of sleep from now on.
 
         Raises:
-            ValueError: there are requests.
+            ValueError: there are requests, or as the methods of `Residency`.
         """
-        if self.has_work:
-            raise ValueError("requests are running or waiting")
+        objections = self._agreement.objections("requests are running or waiting" if self.has_work else None)
+        if objections is not None:
+            raise ValueError(objections)
         self._settle(self._under_way)
         self._under_way = None
         self._scheduler.flush_cache()
+        match name:
+            case "sleep":
+                self.residency.sleep(int(argument))
+            case "wake_up":
+                self.residency.wake_up()
+            case _:
+                self.residency.update(Path(argument))
+        return self.residency.level
 
     def flush_cache(self) -> bool:
         """Forget all cached prefixes; refused (False) while requests are running."""

@@ -17,6 +17,7 @@ import zmq
 
 from dsengine.engine.leading_core import LeadingCore
 from dsengine.engine.messages import (
+    MAINTENANCE,
     AbortRequests,
     AddRequest,
     Call,
@@ -113,7 +114,7 @@ class EngineLoop:
 
     def _answer(self, call: Call) -> dict[str, object]:
         name = call.name
-        if name in ("sleep", "wake_up", "update_weights"):
+        if name in MAINTENANCE:
             return self._maintain(call)
         if name in ("pause", "continue"):
             self._paused = name == "pause"
@@ -128,22 +129,14 @@ class EngineLoop:
         return msgspec.to_builtins(self._core.stats())  # type: ignore[no-any-return]
 
     def _maintain(self, call: Call) -> dict[str, object]:
-        if isinstance(self._core, LeadingCore):
-            return {"error": "this is not there where several ranks run the model"}
         try:
-            self._core.come_to_rest()
-            match call.name:
-                case "sleep":
-                    self._core.residency.sleep(int(call.argument))
-                case "wake_up":
-                    self._core.residency.wake_up()
-                case "update_weights":
-                    self._core.residency.update(Path(call.argument))
+            level = self._core.maintain(call.name, call.argument)
         except ValueError as error:
             return {"error": str(error)}
-        # Tells the front end whether requests can run.
-        self.send(StepOutput([], self._core.stats()))
-        return {"sleep_level": self._core.residency.level}
+        finally:
+            # Tells the front end whether requests can run.
+            self.send(StepOutput([], self._core.stats()))
+        return {"sleep_level": level}
 
 
 def run(args: EngineProcessArgs) -> int:

@@ -17,6 +17,7 @@ import msgspec
 
 from dsengine.engine.core import EngineCore
 from dsengine.engine.messages import (
+    MAINTENANCE,
     AbortRequests,
     AddRequest,
     CallName,
@@ -48,7 +49,7 @@ class Tick(msgspec.Struct, frozen=True, array_like=True):
         now: the time of everything that follows.
         messages: each with the attention-DP group that it is for, or `EVERYBODY`.
         steps: a step follows.
-        call: a question that every rank answers.
+        call: a question that every rank answers, with its `argument`.
         stops: it was the last tick.
     """
 
@@ -57,6 +58,12 @@ class Tick(msgspec.Struct, frozen=True, array_like=True):
     steps: bool = False
     call: CallName | None = None
     stops: bool = False
+    argument: str = ""
+
+    @property
+    def takes_long(self) -> bool:
+        """It may take as long as loading a checkpoint does."""
+        return self.call in MAINTENANCE
 
 
 class Answer(msgspec.Struct, frozen=True, array_like=True):
@@ -183,6 +190,16 @@ class LeadingCore:
             self._router.flushed(group)
         return all(answer.result["flushed"] for answer in self._ask("flush_cache"))
 
+    def maintain(self, name: CallName, argument: str) -> int:
+        """Sleep, wake up or take other weights, as `EngineCore.maintain`."""
+        own, *_ = self._ask(name, argument=argument)
+        for group, stats in enumerate(self._stats):
+            if stats.num_blocks_cached == 0:
+                self._router.flushed(group)
+        if own.error is not None:
+            raise ValueError(own.error)
+        return own.output.stats.sleep_level
+
     def check_integrity(self) -> None:
         """Prove that every cache block of every rank is free, cached or owned, exactly as counted."""
         for rank, answer in enumerate(self._ask("check_integrity")):
@@ -246,11 +263,13 @@ class LeadingCore:
         leaders = data[self._world.attention.size :: self._world.attention.size]
         return [output, *(self._output_decoder.decode(item) for item in leaders)]
 
-    def _ask(self, call: CallName | None, now: float | None = None) -> list[Answer]:
+    def _ask(self, call: CallName | None, now: float | None = None, argument: str = "") -> list[Answer]:
         """The answers of all ranks; what they refused is told after the next step."""
-        with self._watchdog.over(f"the call {call}" if call is not None else "a rest between steps"):
-            updates = self._tick(Tick(self._now if now is None else now, self._take_outbox(), call=call))
-            own = answer_call(self._core, call, updates)
+        tick = Tick(self._now if now is None else now, self._take_outbox(), call=call, argument=argument)
+        what = f"the call {call}" if call is not None else "a rest between steps"
+        with self._watchdog.over(what, limited=not tick.takes_long):
+            updates = self._tick(tick)
+            own = answer_call(self._core, tick, updates)
             data = self._world.gather_bytes(b"", 0)
         assert data is not None
         answers = [own, *(self._answer_decoder.decode(item) for item in data[1:])]
@@ -319,23 +338,28 @@ def apply_messages(core: EngineCore, tick: Tick, group: int) -> list[RequestUpda
     return refused
 
 
-def answer_call(core: EngineCore, call: CallName | None, refused: list[RequestUpdate]) -> Answer:
-    """This rank's answer.
+def answer_call(core: EngineCore, tick: Tick, refused: list[RequestUpdate]) -> Answer:
+    """This rank's answer to the call of a tick.
 
     Args:
         refused: by `apply_messages` of the same tick.
     """
     result: dict[str, object] = {}
     failure = None
-    if call == "flush_cache":
+    if tick.call == "flush_cache":
         result = {"flushed": core.flush_cache()}
-    elif call == "check_integrity":
+    elif tick.call == "check_integrity":
         try:
             core.check_integrity()
         except AssertionError as error:
             failure = str(error) or "an assertion failed"
+    elif tick.call in MAINTENANCE:
+        try:
+            core.maintain(tick.call, tick.argument)
+        except ValueError as error:
+            failure = str(error)
     else:
-        assert call is None, f"no rank is asked for {call}"
+        assert tick.call is None, f"no rank is asked for {tick.call}"
     return Answer(StepOutput(refused, core.stats()), result, failure)
 
 

@@ -16,6 +16,8 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 CallName = Literal[
     "flush_cache", "stats", "info", "check_integrity", "pause", "continue", "sleep", "wake_up", "update_weights"
 ]
+MAINTENANCE: frozenset[CallName] = frozenset({"sleep", "wake_up", "update_weights"})
+"""Calls that may take as long as loading a checkpoint does, in which nothing is heard of the engine."""
 
 
 # Errors of requests that the front end tells apart.

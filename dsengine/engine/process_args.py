@@ -20,6 +20,8 @@ class EngineProcessArgs(msgspec.Struct, frozen=True):
             is left that could not say it any other way.
         rank: of the process, where several run the model; rank 0 starts the others of its machine.
         parent: the process that holds the other end of standard input.
+        weights: local folder of others that have taken the place of the checkpoint's weights; what rank 0 is told goes
+            for all ranks.
         has_heartbeats: rank 0 is heard of every second, even when there is nothing to do.
     """
 
@@ -31,5 +33,6 @@ class EngineProcessArgs(msgspec.Struct, frozen=True):
     folder: str = ""
     rank: int = 0
     parent: int = 0
+    weights: str = ""
     has_heartbeats: bool = True
     show_progress: bool = False

@@ -55,7 +55,7 @@ def open_engine(
     """
     config = msgspec.convert(args.config, EngineConfig)
     if config.tp_size == 1:
-        return _build(args, config, None, progress)
+        return _build(args, config, args.weights, None, progress)
     check_ranks(config, Path(args.checkpoint))
     if torch.distributed.is_initialized():
         raise ValueError(
@@ -82,7 +82,8 @@ def _lead(
     try:
         with watchdog.over("the meeting of the ranks", limited=config.nnodes > 1):
             world = _join(args, config)
-        core = _build(args, config, world, progress)
+            weights = world.broadcast_bytes(args.weights.encode(), 0).decode()
+        core = _build(args, config, weights, world, progress)
         with watchdog.over("the end of loading", limited=False):
             data = world.gather_bytes(b"", 0)
         assert data is not None
@@ -118,7 +119,8 @@ def follow(args: EngineProcessArgs) -> None:
     watchdog = Watchdog(args.rank, None, 2 * config.dist_timeout, _end_process)
     with watchdog.over("the meeting of the ranks", limited=config.nnodes > 1):
         world = _join(args, config)
-    core = _build(args, config, world, None)
+        weights = world.broadcast_bytes(None, 0).decode()
+    core = _build(args, config, weights, world, None)
     with watchdog.over("the end of loading", limited=False):
         world.gather_bytes(msgspec.msgpack.encode(_describe(config, core, args.rank, world)), 0)
     decoder, encoder = msgspec.msgpack.Decoder(Tick), msgspec.msgpack.Encoder()
@@ -127,7 +129,7 @@ def follow(args: EngineProcessArgs) -> None:
             tick = decoder.decode(world.broadcast_bytes(None, 0))
         if tick.stops:
             break
-        with watchdog.over(f"step {core.num_steps + 1}"):
+        with watchdog.over(f"step {core.num_steps + 1}", limited=not tick.takes_long):
             _obey(core, world, tick, encoder)
     watchdog.stop()
     world.close()
@@ -136,7 +138,7 @@ def follow(args: EngineProcessArgs) -> None:
 def _obey(core: EngineCore, world: World, tick: Tick, encoder: msgspec.msgpack.Encoder) -> None:
     refused = apply_messages(core, tick, world.dp_rank)
     if not tick.steps:
-        world.gather_bytes(encoder.encode(answer_call(core, tick.call, refused)), 0)
+        world.gather_bytes(encoder.encode(answer_call(core, tick, refused)), 0)
         return
     output = core.step(tick.now)
     if world.dp_size > 1:
@@ -202,11 +204,15 @@ def _end_process(report: str) -> None:
 
 
 def _build(
-    args: EngineProcessArgs, config: EngineConfig, world: World | None, progress: ProgressCallback | None
+    args: EngineProcessArgs,
+    config: EngineConfig,
+    weights: str,
+    world: World | None,
+    progress: ProgressCallback | None,
 ) -> EngineCore:
     return build_engine(
         config,
-        Path(args.checkpoint),
+        Path(weights or args.checkpoint),
         eos_token_ids=frozenset(args.eos_token_ids),
         num_valid_tokens=args.num_valid_tokens,
         progress=progress,

@@ -8,7 +8,8 @@ the pages of one shard.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -180,13 +181,8 @@ class _Filling:
         self._unfilled = set(slots.by_name)
 
     def run(self) -> None:
-        by_file: dict[Path, list[StoredTensor]] = {}
-        for tensor in self._stored.values():
-            by_file.setdefault(tensor.file, []).append(tensor)
-        for file, tensors in by_file.items():
-            self._read(file, (t for t in tensors if t.name.endswith(SCALE_SUFFIX)), self._fill_scale)
-        for file, tensors in by_file.items():
-            self._read(file, (t for t in tensors if not t.name.endswith(SCALE_SUFFIX)), self._fill_weight)
+        self._read_all(self._fill_scale, scales=True)
+        self._read_all(self._fill_weight, scales=False)
         assert not self._unfilled, f"never filled: {sorted(self._unfilled)[:10]}"
 
     def check_scales(self) -> None:
@@ -195,20 +191,25 @@ class _Filling:
         Raises:
             CheckpointError: one cannot be meant.
         """
-        powers = self._scales_are_powers_of_two
-        for tensor in self._stored.values():
-            if tensor.name.endswith(SCALE_SUFFIX):
-                with safe_open(tensor.file, framework="pt", device="cpu") as data:
-                    check_scale(tensor, data.get_tensor(tensor.name), powers_of_two=powers)
+        self._read_all(partial(check_scale, powers_of_two=self._scales_are_powers_of_two), scales=True)
 
-    def _read(self, file: Path, tensors: Iterable[StoredTensor], fill: Callable[[StoredTensor, Tensor], None]) -> None:
-        with safe_open(file, framework="pt", device="cpu") as data:
-            for tensor in tensors:
-                cut = self._cut(tensor)
-                fill(tensor, data.get_tensor(tensor.name) if cut is None else data.get_slice(tensor.name)[cut])
-                self._done_bytes += tensor.num_bytes
-                if self._progress is not None:
-                    self._progress(self._done_bytes, self._total_bytes)
+    def _read_all(self, use: Callable[[StoredTensor, Tensor], None], *, scales: bool) -> None:
+        """Read all scales, or all weights, file by file."""
+        by_file: dict[Path, list[StoredTensor]] = {}
+        for tensor in self._stored.values():
+            if tensor.name.endswith(SCALE_SUFFIX) == scales:
+                by_file.setdefault(tensor.file, []).append(tensor)
+        for file, tensors in by_file.items():
+            with safe_open(file, framework="pt", device="cpu") as data:
+                for tensor in tensors:
+                    cut = self._cut(tensor)
+                    use(tensor, data.get_tensor(tensor.name) if cut is None else data.get_slice(tensor.name)[cut])
+                    self._advance(tensor)
+
+    def _advance(self, tensor: StoredTensor) -> None:
+        self._done_bytes += tensor.num_bytes
+        if self._progress is not None:
+            self._progress(self._done_bytes, self._total_bytes)
 
     def _cut(self, tensor: StoredTensor) -> tuple[slice, ...] | None:
         """What to read of a stored tensor, None for all: FP8 weights in whole blocks, scales of just these blocks."""

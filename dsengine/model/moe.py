@@ -5,7 +5,8 @@ Source: DeepSeek-V2 (section 2.2) and DeepSeek-V3 (section 2.1.2); routing metho
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -120,9 +121,9 @@ class MixtureOfExperts:
         self._first_place = layout.world.rank * len(here) if layout.experts_whole else 0
         experts, inter = len(here), channels.stop - channels.start
         kinds = ("gate", "up", "down")
-        by_expert = [[f"{prefix}{e}.{kind}_proj.weight" for kind in kinds] for e in range(config.n_routed_experts)]
-        names = [name for expert in by_expert for name in expert]
-        if slots.keeps_fp8(names):
+        names = [[f"{prefix}{e}.{kind}_proj.weight" for kind in kinds] for e in range(config.n_routed_experts)]
+        self._expert_names, self._slots = names, slots
+        if slots.keeps_fp8([name for expert in names for name in expert]):
             self.w_gate_up = slots.empty_fp8(experts, 2 * inter, hidden)
             self.w_down = slots.empty_fp8(experts, hidden, inter)
             self.w_gate_up_scale = slots.empty_scales(experts, 2, rows=inter, columns=hidden)
@@ -131,16 +132,32 @@ class MixtureOfExperts:
             self.w_gate_up = slots.empty(experts, 2 * inter, hidden)
             self.w_down = slots.empty(experts, hidden, inter)
         is_cut = not layout.is_single and not layout.experts_whole
-        rows, columns = ((channels,), (slice(0, hidden), channels)) if is_cut else (None, None)
-        gate_up_scale, down_scale = self.w_gate_up_scale, self.w_down_scale
+        cuts = ((channels,), (channels,), (slice(0, hidden), channels)) if is_cut else (None, None, None)
         elsewhere = set(range(config.n_routed_experts)).difference(here)
-        slots.leave(*(name for expert in elsewhere for name in by_expert[expert]))
-        for e, (gate, up, down) in enumerate(by_expert[expert] for expert in here):
-            gate_scale = None if gate_up_scale is None else gate_up_scale[e, 0]
-            up_scale = None if gate_up_scale is None else gate_up_scale[e, 1]
-            slots.add(gate, Slot(self.w_gate_up[e, :inter], gate_scale, rows))
-            slots.add(up, Slot(self.w_gate_up[e, inter:], up_scale, rows))
-            slots.add(down, Slot(self.w_down[e], None if down_scale is None else down_scale[e], columns))
+        slots.leave(*(name for expert in elsewhere for name in names[expert]))
+        for place, expert in enumerate(here):
+            for name, slot, cut in zip(names[expert], self._slots_in(place), cuts, strict=True):
+                slots.add(name, replace(slot, cut=cut))
+
+    def _slots_in(self, place: int) -> tuple[Slot, Slot, Slot]:
+        """Where gate, up and down of the expert in one of this rank's places lie."""
+        gate_up, down, inter = self.w_gate_up[place], self.w_down[place], self.w_gate_up.shape[1] // 2
+        if self.w_gate_up_scale is None or self.w_down_scale is None:
+            return Slot(gate_up[:inter]), Slot(gate_up[inter:]), Slot(down)
+        gate_scale, up_scale = self.w_gate_up_scale[place]
+        return Slot(gate_up[:inter], gate_scale), Slot(gate_up[inter:], up_scale), Slot(down, self.w_down_scale[place])
+
+    def rearrange(self, placement: Sequence[int]) -> None:
+        """Experts lie elsewhere from now on, as in `ExpertPlaces.update`; their weights have gone there already."""
+        assert self.places is not None, "the experts of this layer do not move"
+        self.places.update(placement)
+        here = placement[self._first_place : self._first_place + len(self.w_down)]
+        mine = {
+            name: slot
+            for place, expert in enumerate(here)
+            for name, slot in zip(self._expert_names[expert], self._slots_in(place), strict=True)
+        }
+        self._slots.move(mine, {name for names in self._expert_names for name in names if name not in mine})
 
     @property
     def expert_weights(self) -> list[Tensor]:

@@ -85,7 +85,7 @@ class ExpertBalancer:
         moves = plan_moves(old, new, ranks, self._nodes)
         for weight in moe.expert_weights:
             move_rows(self._world, weight, moves)
-        places.update(new)
+        moe.rearrange(new)
         if self._world.rank == 0:
             after = imbalance(loads, new, ranks)
             logger.info(

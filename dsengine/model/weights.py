@@ -6,7 +6,7 @@ experts and fused projections are filled slice by slice, so a checkpoint streams
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -67,6 +67,14 @@ class WeightSlots:
     def leave(self, *names: str) -> None:
         """Stored tensors that other ranks hold."""
         self.elsewhere.update(names)
+
+    def move(self, here: Mapping[str, Slot], elsewhere: Collection[str]) -> None:
+        """Some stored tensors belong to other places from now on: to these, or on other ranks."""
+        for name in elsewhere:
+            self.by_name.pop(name, None)
+        self.elsewhere.update(elsewhere)
+        self.by_name.update(here)
+        self.elsewhere.difference_update(here)
 
     def keeps_fp8(self, names: Sequence[str]) -> bool:
         """Whether a parameter made of these tensors stays FP8: all of them must be stored so."""
