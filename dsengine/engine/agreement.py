@@ -15,7 +15,7 @@ import msgspec
 from torch import Tensor
 
 from dsengine.engine.batch import ScheduledBatch
-from dsengine.engine.lock_step import LockStep, summary
+from dsengine.engine.lock_step import LockStep, Summary, summary
 from dsengine.parallel.groups import World
 from dsengine.specdec.shape import TreeShape
 
@@ -134,7 +134,7 @@ class RankAgreement:
         answers = world.all_gather_ints([*summary(batch), self._digest])
         self._compare([digest for *_, digest in answers])
         groups = answers[:: world.attention.size]
-        return LockStep.of([(tokens, requests, kind) for tokens, requests, kind, _ in groups])
+        return LockStep.of([Summary(*values) for *values, _ in groups])
 
     def _compare(self, digests: list[int]) -> None:
         width = self._world.attention.size

@@ -46,27 +46,53 @@ class LockStep:
         rank_tokens: of each group; any may be 0.
         kind: of the steps of all groups that have requests; None: they differ, or one of them is of no kind.
         most_requests: of any group.
+        most_trees: that the drafter grows for any group.
+        samples: a request that is drafted for samples, in any group.
     """
 
     rank_tokens: tuple[int, ...]
     kind: StepKind | None
     most_requests: int
+    most_trees: int = 0
+    samples: bool = False
 
     @classmethod
-    def of(cls, groups: Sequence[tuple[int, int, int]]) -> LockStep:
+    def of(cls, groups: Sequence[Summary]) -> LockStep:
         """What follows from the summaries of all groups."""
-        tokens, requests, codes = zip(*groups, strict=True)
-        kinds = {code for code in codes if code != _IDLE}
+        kinds = {group.kind for group in groups if group.kind != _IDLE}
         code = kinds.pop() if len(kinds) == 1 else _UNLIKE
-        kind = None if code == _UNLIKE else StepKind(code // 2, code % 2 == 1)
-        return cls(tokens, kind, max(requests))
+        return cls(
+            rank_tokens=tuple(group.tokens for group in groups),
+            kind=None if code == _UNLIKE else StepKind(code // 2, code % 2 == 1),
+            most_requests=max(group.requests for group in groups),
+            most_trees=max(group.trees for group in groups),
+            samples=any(group.samples for group in groups),
+        )
 
 
-def summary(batch: ScheduledBatch) -> tuple[int, int, int]:
-    """What the other groups must know of this one's step: its tokens, its requests and the number of its kind."""
+class Summary(NamedTuple):
+    """What the other groups must know of one's step.
+
+    Attributes:
+        kind: its number.
+        trees: that the drafter grows.
+        samples: 1 where one of their requests does.
+    """
+
+    tokens: int
+    requests: int
+    kind: int
+    trees: int
+    samples: int
+
+
+def summary(batch: ScheduledBatch) -> Summary:
+    """What to tell the other groups of a step."""
     kind = _kind_of(batch)
     code = _IDLE if batch.is_empty else _UNLIKE if kind is None else 2 * kind.tokens_per_request + kind.has_branches
-    return batch.num_tokens, len(batch.requests), code
+    drafted = [] if batch.only_proposals else [s.request for s in batch.requests if s.num_drafts]
+    samples = any(request.params.temperature > 0 for request in drafted)
+    return Summary(batch.num_tokens, len(batch.requests), code, len(drafted), int(samples))
 
 
 def _kind_of(batch: ScheduledBatch) -> StepKind | None:

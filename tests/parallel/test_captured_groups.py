@@ -192,8 +192,9 @@ CHAIN = TreeShape(3, 1, 4)
 )
 def test_kinds_of_steps(batch: ScheduledBatch, kind: StepKind | None) -> None:
     own, idle = summary(batch), summary(ScheduledBatch(tree=TREE))
-    assert LockStep.of([own, idle]) == LockStep((batch.num_tokens, 0), kind, len(batch.requests))
+    trees = sum(s.num_drafts > 0 for s in batch.requests)
+    assert LockStep.of([own, idle]) == LockStep((batch.num_tokens, 0), kind, len(batch.requests), trees, trees > 0)
     assert LockStep.of([idle, idle]) == LockStep((0, 0), None, 0)
     other = summary(ScheduledBatch([scheduled(9, 2, num_drafts=1)] * 3, tree=TreeShape(1, 1, 2)))
     assert LockStep.of([own, idle, other]).kind is None
-    assert LockStep.of([idle, other, other]) == LockStep((0, 6, 6), StepKind(2, False), 3)
+    assert LockStep.of([idle, other, other]) == LockStep((0, 6, 6), StepKind(2, False), 3, 3, True)
