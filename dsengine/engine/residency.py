@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from dsengine.engine.agreement import Agreement
@@ -24,7 +23,7 @@ from dsengine.engine.model_runner import ModelRunner
 from dsengine.model.loader import prepare_refill
 
 # What files, their data and a lack of memory may raise; torch knows no type of its own for the host's memory.
-_FAILURES = (ValueError, OSError, MemoryError, RuntimeError, SafetensorError)
+_FAILURES = (ValueError, OSError, MemoryError, RuntimeError)
 
 T = TypeVar("T")
 
@@ -113,7 +112,7 @@ class Residency:
             self.level = 2
             raise ValueError(
                 f"{failure}; the weights of before could not be read either: {error}; the engine has none now and is "
-                f"asleep at level 2: waking it up loads {self._checkpoint}"
+                "asleep at level 2: waking it up tries again to read those of before"
             ) from error
         raise ValueError(f"{failure}; the weights of before are loaded again")
 

@@ -8,13 +8,14 @@ the pages of one shard.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dsengine.kernels.registry import Kernels
@@ -200,7 +201,7 @@ class _Filling:
             if tensor.name.endswith(SCALE_SUFFIX) == scales:
                 by_file.setdefault(tensor.file, []).append(tensor)
         for file, tensors in by_file.items():
-            with safe_open(file, framework="pt", device="cpu") as data:
+            with _naming(file), safe_open(file, framework="pt", device="cpu") as data:
                 for tensor in tensors:
                     cut = self._cut(tensor)
                     use(tensor, data.get_tensor(tensor.name) if cut is None else data.get_slice(tensor.name)[cut])
@@ -242,6 +243,14 @@ class _Filling:
             if slot.cut is not None:
                 weight = weight[_within_blocks(slot.cut)]
         slot.weight.copy_(weight)
+
+
+@contextmanager
+def _naming(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except SafetensorError as error:  # it was in order when its header was checked
+        raise CheckpointError(f"{file.name} can no longer be read: {error}") from error
 
 
 def check_scale(tensor: StoredTensor, scale: Tensor, *, powers_of_two: bool) -> None:
