@@ -37,7 +37,7 @@ from dsengine.engine.messages import (
 from dsengine.engine.process_args import EngineProcessArgs
 from dsengine.engine.sampling_params import SamplingParams
 from dsengine.model.checkpoint import resolve_checkpoint
-from dsengine.parallel.launch import describe_exit, is_alive
+from dsengine.parallel.launch import is_alive
 from dsengine.tokenizer.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -46,7 +46,8 @@ logger = logging.getLogger(__name__)
 _MAX_QUICK_DEATHS = 3
 _QUICK_DEATH_SECONDS = 60.0
 _SHUTDOWN_SECONDS = 5.0
-_RANK_0_SECONDS = 10.0
+# What rank 0 gets beyond the limit to say that another rank has passed it.
+_RANK_0_SECONDS = 1.5
 _SLEEPS_BELOW_SECONDS = 0.1
 
 
@@ -308,8 +309,8 @@ class AsyncEngine:
         self._connection = None
         if isinstance(message, EngineFailure) and message.user_error:
             raise ValueError(message.message)
-        reason = message.message if isinstance(message, EngineFailure) else "it ended without a word"
-        raise EngineDeadError(f"the engine could not start: {reason}")
+        assert isinstance(message, EngineFailure), f"an engine's first word is {type(message).__name__}"
+        raise EngineDeadError(f"the engine could not start: {message.message}")
 
     async def _supervise(self) -> None:
         """Read what the engine says until it dies; then start it again, or give up."""
@@ -319,11 +320,11 @@ class AsyncEngine:
             assert self._connection is not None
             ready_since = loop.time()
             reason = await self._read_until_death(self._connection)
+            self._mark_dead(reason)
+            logger.error("engine process died: %s", reason)
             await self._connection.close(_SHUTDOWN_SECONDS)
             self._connection = None
             await self._see_off_ranks()
-            self._mark_dead(reason)
-            logger.error("engine process died: %s", reason)
             quick_deaths = quick_deaths + 1 if loop.time() - ready_since < _QUICK_DEATH_SECONDS else 1
             if self._on_failure == "exit" or quick_deaths > _MAX_QUICK_DEATHS:
                 self.failed.set()
@@ -337,43 +338,34 @@ class AsyncEngine:
             logger.warning("engine process restarted")
 
     async def _read_until_death(self, connection: EngineConnection) -> str:
-        death = asyncio.create_task(connection.process.wait())
-        failure: EngineFailure | None = None
+        """Hand on what the engine says until it ends, is about to, or does not answer; returns the reason."""
         # Rank 0 watches over the other ranks and has itself heard of every second. Alone it says nothing while it has
         # no work and may take its time over a step, but it does not sleep over work.
         is_alone = self.config.tp_size == 1
         limit = self.config.dist_timeout / 2 if is_alone else self.config.dist_timeout + _RANK_0_SECONDS
         spent: float | None = None  # by the engine with work, when it had not answered for half the limit
-        receive = asyncio.ensure_future(connection.socket.recv())
+        end, receive = asyncio.create_task(connection.end()), asyncio.ensure_future(connection.socket.recv())
         try:
-            while not death.done():
-                await asyncio.wait((receive, death), timeout=limit, return_when=asyncio.FIRST_COMPLETED)
-                if not receive.done():
-                    if death.done():
-                        break
-                    if any(call.name in MAINTENANCE for call, _ in self._calls.values()):
-                        continue
-                    before, spent = spent, connection.cpu_seconds() if self._sequences else None
-                    if is_alone and (before is None or spent is None or spent - before > _SLEEPS_BELOW_SECONDS):
-                        continue
-                    connection.process.kill()
-                    seconds = self.config.dist_timeout
-                    return f"the engine has not answered for {seconds:g} seconds (process {connection.process.pid})"
-                spent = None
-                message = self._decoder.decode(receive.result())
-                if isinstance(message, EngineFailure):
-                    failure = message
-                else:
-                    self._dispatch(message)
-                receive = asyncio.ensure_future(connection.socket.recv())
+            while True:
+                await asyncio.wait((receive, end), timeout=limit, return_when=asyncio.FIRST_COMPLETED)
+                if end.done():
+                    return end.result().message
+                if receive.done():
+                    spent = None
+                    self._dispatch(self._decoder.decode(receive.result()))
+                    receive = asyncio.ensure_future(connection.socket.recv())
+                    continue
+                if any(call.name in MAINTENANCE for call, _ in self._calls.values()):
+                    continue
+                before, spent = spent, connection.cpu_seconds() if self._sequences else None
+                if is_alone and (before is None or spent is None or spent - before > _SLEEPS_BELOW_SECONDS):
+                    continue
+                connection.process.kill()
+                seconds = self.config.dist_timeout
+                return f"the engine has not answered for {seconds:g} seconds (process {connection.process.pid})"
         finally:
             receive.cancel()
-            death.cancel()
-        failure = failure or connection.last_word()
-        if failure is not None:
-            return failure.message
-        status = connection.process.returncode
-        return f"the engine process {describe_exit(status) if status is not None else 'does not answer'}"
+            end.cancel()
 
     async def _see_off_ranks(self) -> None:
         """Wait until the ranks that rank 0 had started have died with it: their devices are wanted again."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import sys
 import tempfile
@@ -13,7 +14,12 @@ import zmq
 import zmq.asyncio
 
 from dsengine.engine.messages import EngineFailure, EngineOutput
-from dsengine.engine.process_args import FAILURE_FILE, EngineProcessArgs
+from dsengine.engine.process_args import EngineProcessArgs
+from dsengine.parallel.launch import describe_exit
+
+_LONGEST_WORD = 1 << 20
+# Between the death of a process and the end of what it wrote.
+_WORD_SECONDS = 1.0
 
 
 class EngineConnection:
@@ -25,11 +31,13 @@ class EngineConnection:
         socket: zmq.asyncio.Socket,
         context: zmq.asyncio.Context,
         folder: tempfile.TemporaryDirectory[str],
+        report: asyncio.StreamReader,
     ) -> None:
         self.process = process
         self.socket = socket
         self._context = context
         self._folder = folder
+        self._last_word = asyncio.create_task(_read_word(report))
 
     @classmethod
     async def open(cls, args: EngineProcessArgs, module: str) -> EngineConnection:
@@ -43,30 +51,51 @@ class EngineConnection:
         socket.setsockopt(zmq.LINGER, 0)
         socket.bind(address)
         # Its own session: Ctrl-C at the terminal is for the server, which then stops the engine in good order.
-        process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", module, stdin=asyncio.subprocess.PIPE, start_new_session=True
-        )
+        report, report_fd = os.pipe()
+        with contextlib.closing(os.fdopen(report_fd, "wb")):
+            process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                module,
+                stdin=asyncio.subprocess.PIPE,
+                start_new_session=True,
+                pass_fds=[report_fd],
+            )
         assert process.stdin is not None
-        args = msgspec.structs.replace(args, address=address, folder=folder.name, parent=os.getpid())
+        args = msgspec.structs.replace(
+            args, address=address, report_fd=report_fd, folder=folder.name, parent=os.getpid()
+        )
         process.stdin.write(msgspec.json.encode(args) + b"\n")
-        return cls(process, socket, context, folder)
+        reader = asyncio.StreamReader(_LONGEST_WORD)
+        await asyncio.get_running_loop().connect_read_pipe(
+            lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(report, "rb")
+        )
+        return cls(process, socket, context, folder, reader)
 
     def send(self, data: bytes) -> None:
         # Without a high-water mark the message is queued at once, so there is nothing to await.
         self.socket.send(data)
 
-    async def first_message(self, decoder: msgspec.msgpack.Decoder[EngineOutput]) -> EngineOutput | None:
-        """The engine's first word, or None when it died without one."""
-        receive = asyncio.ensure_future(self.socket.recv())
-        death = asyncio.create_task(self.process.wait())
+    async def first_message(self, decoder: msgspec.msgpack.Decoder[EngineOutput]) -> EngineOutput | EngineFailure:
+        """The engine's first word, or why there is none."""
+        receive, end = asyncio.ensure_future(self.socket.recv()), asyncio.create_task(self.end())
         try:
-            await asyncio.wait((receive, death), return_when=asyncio.FIRST_COMPLETED)
-            if not receive.done():
-                # The last message may still be on its way when the process has gone.
-                await asyncio.wait((receive,), timeout=1.0)
-            return decoder.decode(receive.result()) if receive.done() else None
+            await asyncio.wait((receive, end), return_when=asyncio.FIRST_COMPLETED)
+            return end.result() if end.done() else decoder.decode(receive.result())
         finally:
             receive.cancel()
+            end.cancel()
+
+    async def end(self) -> EngineFailure:
+        """Returns as soon as the process is dead, or says that it is about to end, and why."""
+        death = asyncio.create_task(self.process.wait())
+        try:
+            await asyncio.wait((self._last_word, death), return_when=asyncio.FIRST_COMPLETED)
+            if death.done():
+                await asyncio.wait((self._last_word,), timeout=_WORD_SECONDS)
+            word = self._last_word.result() if self._last_word.done() else None
+            return word or EngineFailure(f"the engine process {describe_exit(await death)}")
+        finally:
             death.cancel()
 
     def cpu_seconds(self) -> float:
@@ -77,11 +106,6 @@ class EngineConnection:
             return 0.0
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
-    def last_word(self) -> EngineFailure | None:
-        """What a process that is dead could not say over the socket."""
-        file = Path(self._folder.name) / FAILURE_FILE
-        return msgspec.msgpack.decode(file.read_bytes(), type=EngineFailure) if file.exists() else None
-
     async def close(self, timeout: float) -> None:
         """Let the process end by itself for `timeout` seconds, then kill it."""
         try:
@@ -89,6 +113,13 @@ class EngineConnection:
         except TimeoutError:
             self.process.kill()
             await self.process.wait()
+        self._last_word.cancel()
         self.socket.close()
         self._context.term()
         self._folder.cleanup()
+
+
+async def _read_word(report: asyncio.StreamReader) -> EngineFailure | None:
+    """The first line of what a process reports; None: it has ended without a word, or within one."""
+    line = await report.readline()
+    return msgspec.json.decode(line, type=EngineFailure) if line.endswith(b"\n") else None

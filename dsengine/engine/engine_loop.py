@@ -6,7 +6,6 @@ model, rank 0 has the socket and has started the others as children of its own; 
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 import traceback
@@ -32,9 +31,9 @@ from dsengine.engine.messages import (
     Shutdown,
     StepOutput,
 )
-from dsengine.engine.process_args import FAILURE_FILE, EngineProcessArgs
-from dsengine.engine.ranks import EXIT_RANKS_FAILED, Engine, follow, open_engine
-from dsengine.parallel.watchdog import RanksFailedError
+from dsengine.engine.process_args import EngineProcessArgs
+from dsengine.engine.ranks import Engine, follow, open_engine
+from dsengine.parallel.watchdog import EXIT_RANKS_FAILED, RanksFailedError
 from dsengine.progress import loading_progress
 
 # Updates that may wait for a stalled front end before the engine pauses too.
@@ -164,48 +163,39 @@ def _lead(args: EngineProcessArgs) -> int:
     socket.setsockopt(zmq.LINGER, 1000)
     socket.connect(args.address)
     failure = _serve(args, socket)
-    if failure is not None:
-        socket.send(msgspec.msgpack.encode(failure))
     socket.close()
     context.term()
     return 0 if failure is None else 1
 
 
 def _serve(args: EngineProcessArgs, socket: zmq.Socket[bytes]) -> EngineFailure | None:
-    """Run until told to stop; what ended it early comes back."""
+    """Run until told to stop; what ended it early is reported, and comes back."""
+    failure: EngineFailure | None = None
+    core: Engine | None = None
     try:
         core = _open(args)
-    except (ValueError, OSError, MemoryError) as error:
-        return EngineFailure(str(error) or type(error).__name__, user_error=True)
-    except RanksFailedError as error:
-        return EngineFailure(str(error))
-    except Exception as error:
-        traceback.print_exc()
-        return EngineFailure(f"the engine could not start: {error!r}")
-    try:
         EngineLoop(core, socket).run()
     except RanksFailedError as error:
-        _give_up(core)
-        print(error, file=sys.stderr, flush=True)
-        return EngineFailure(str(error))
+        failure = EngineFailure(str(error))
     except Exception as error:
-        _give_up(core)
-        traceback.print_exc()
-        return EngineFailure(f"the engine failed: {type(error).__name__}")
+        failure = _explain(error, is_open=core is not None)
+    if failure is not None:
+        # Before anything else: clients wait, and to leave the other ranks may take a while.
+        args.report(failure)
     if isinstance(core, LeadingCore):
-        core.close()
-    return None
+        core.close() if failure is None else core.give_up()
+    return failure
+
+
+def _explain(error: Exception, *, is_open: bool) -> EngineFailure:
+    if not is_open and isinstance(error, (ValueError, OSError, MemoryError)):
+        return EngineFailure(str(error) or type(error).__name__, user_error=True)
+    traceback.print_exception(error)
+    return EngineFailure(
+        f"the engine failed: {type(error).__name__}" if is_open else f"the engine could not start: {error!r}"
+    )
 
 
 def _open(args: EngineProcessArgs) -> Engine:
-    def end(report: str) -> None:
-        (Path(args.folder) / FAILURE_FILE).write_bytes(msgspec.msgpack.encode(EngineFailure(report)))
-        os._exit(1)
-
     with loading_progress(enabled=args.show_progress) as progress:
-        return open_engine(args, progress=progress, end=end)
-
-
-def _give_up(core: Engine) -> None:
-    if isinstance(core, LeadingCore):
-        core.give_up()
+        return open_engine(args, progress=progress)

@@ -237,11 +237,11 @@ class EngineInfo(msgspec.Struct, frozen=True, tag="ready"):
     ranks: list[RankInfo] = []
 
 
-class EngineFailure(msgspec.Struct, frozen=True, tag="failure"):
+class EngineFailure(msgspec.Struct, frozen=True):
     """The engine process cannot go on; `message` is fit for a user's eyes."""
 
     message: str
     user_error: bool = False
 
 
-EngineOutput = StepOutput | Reply | EngineInfo | EngineFailure
+EngineOutput = StepOutput | Reply | EngineInfo

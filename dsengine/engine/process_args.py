@@ -1,10 +1,13 @@
-"""What the parent tells an engine process at its start; apart, so that the parent need not import torch."""
+"""What an engine process is told at its start, and its last word; apart, so that the parent need not import torch."""
 
 from __future__ import annotations
 
+import contextlib
+import os
+
 import msgspec
 
-FAILURE_FILE = "failure"  # in the folder: an `EngineFailure`
+from dsengine.engine.messages import EngineFailure
 
 
 class EngineProcessArgs(msgspec.Struct, frozen=True):
@@ -16,8 +19,8 @@ class EngineProcessArgs(msgspec.Struct, frozen=True):
         eos_token_ids: ids that end a request.
         num_valid_tokens: ids from here on are never drawn.
         address: ZeroMQ address of the parent's socket; rank 0 alone has one.
-        folder: that only this user may enter: where the ranks of one machine meet, and where the last word of a rank
-            is left that could not say it any other way.
+        report_fd: where the process writes its last word; -1: nobody reads it.
+        folder: that only this user may enter: where the ranks of one machine meet.
         rank: of the process, where several run the model; rank 0 starts the others of its machine.
         parent: the process that holds the other end of standard input.
         weights: local folder of others that have taken the place of the checkpoint's weights; what rank 0 is told goes
@@ -30,9 +33,19 @@ class EngineProcessArgs(msgspec.Struct, frozen=True):
     eos_token_ids: list[int]
     num_valid_tokens: int
     address: str = ""
+    report_fd: int = -1
     folder: str = ""
     rank: int = 0
     parent: int = 0
     weights: str = ""
     has_heartbeats: bool = True
     show_progress: bool = False
+
+    def report(self, failure: EngineFailure) -> None:
+        """Say why the process is about to end: one JSON line, of which the parent takes the first.
+
+        It needs nothing of the socket, so that any thread may say it while the main one hangs in a collective.
+        """
+        if self.report_fd >= 0:
+            with contextlib.suppress(BrokenPipeError):  # the parent is dead, and this process about to follow it
+                os.write(self.report_fd, msgspec.json.encode(failure) + b"\n")

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import logging
 import os
 import tempfile
 import zlib
-from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -23,31 +21,24 @@ from dsengine.config import EngineConfig
 from dsengine.engine.build import ProgressCallback, build_engine, resolve_device
 from dsengine.engine.core import EngineCore
 from dsengine.engine.leading_core import LeadingCore, Tick, answer_call, apply_messages
-from dsengine.engine.messages import RankInfo, StepOutput
+from dsengine.engine.messages import EngineFailure, RankInfo, StepOutput
 from dsengine.engine.process_args import EngineProcessArgs
 from dsengine.model.config import ModelConfig
 from dsengine.model.loader import resolve_formats
 from dsengine.model.sharding import check_layout
-from dsengine.parallel.groups import World, join_world
+from dsengine.parallel.groups import World, host_and_port, join_world
 from dsengine.parallel.launch import RankProcesses
+from dsengine.parallel.lifelines import open_lifelines
 from dsengine.parallel.prefix_routing import PrefixRouter
 from dsengine.parallel.watchdog import Watchdog
 
-logger = logging.getLogger(__name__)
-
 RANK_MODULE = "dsengine.engine.process"
-EXIT_RANKS_FAILED = 1
 _FOREVER = 7 * 86400.0  # the watchdogs know better when to give up than a collective does
 Engine = EngineCore | LeadingCore
 
 
-def open_engine(
-    args: EngineProcessArgs, *, progress: ProgressCallback | None = None, end: Callable[[str], None] | None = None
-) -> Engine:
+def open_engine(args: EngineProcessArgs, *, progress: ProgressCallback | None = None) -> Engine:
     """The engine that a configuration asks for: in this process alone, or with this process as rank 0 of several.
-
-    Args:
-        end: what ends this process, given a report, when ranks have failed and it cannot be told otherwise.
 
     Raises:
         ValueError: configuration and checkpoint do not fit each other or the machine.
@@ -65,27 +56,27 @@ def open_engine(
         if not args.folder:
             folder = resources.enter_context(tempfile.TemporaryDirectory(prefix="dsengine-"))
             args = msgspec.structs.replace(args, folder=folder)
-        return _lead(args, config, progress, end if end is not None else _end_process, resources)
+        return _lead(args, config, progress, resources)
 
 
 def _lead(
     args: EngineProcessArgs,
     config: EngineConfig,
     progress: ProgressCallback | None,
-    end: Callable[[str], None],
     resources: contextlib.ExitStack,
 ) -> LeadingCore:
     processes = RankProcesses(
         RANK_MODULE, rank_lines(args, args.folder, [rank for rank in config.local_ranks if rank != 0])
     )
-    watchdog = Watchdog(0, processes, config.dist_timeout, end)
+    watchdog = Watchdog(0, config.dist_timeout, processes, lambda report: args.report(EngineFailure(report)))
     try:
         with watchdog.over("the meeting of the ranks", limited=config.nnodes > 1):
-            world = _join(args, config)
+            world = _join(args, config, watchdog, resources)
             weights = world.broadcast_bytes(args.weights.encode(), 0).decode()
         core = _build(args, config, weights, world, progress)
         with watchdog.over("the end of loading", limited=False):
             data = world.gather_bytes(b"", 0)
+        watchdog.loaded()
         assert data is not None
         others = [msgspec.msgpack.decode(item, type=RankInfo) for item in data[1:]]
         info = msgspec.structs.replace(core.info, ranks=[_describe(config, core, 0, world), *others])
@@ -114,11 +105,15 @@ def follow(args: EngineProcessArgs) -> None:
         ValueError: configuration and checkpoint do not fit each other or the machine; rank 0 knows.
         RanksFailedError: other ranks have failed.
     """
-    config = msgspec.convert(args.config, EngineConfig)
+    with contextlib.ExitStack() as resources:
+        _follow(args, msgspec.convert(args.config, EngineConfig), resources)
+
+
+def _follow(args: EngineProcessArgs, config: EngineConfig, resources: contextlib.ExitStack) -> None:
     # Rank 0 has the shorter limit, so that it is the one to report.
-    watchdog = Watchdog(args.rank, None, 2 * config.dist_timeout, _end_process)
+    watchdog = Watchdog(args.rank, 2 * config.dist_timeout)
     with watchdog.over("the meeting of the ranks", limited=config.nnodes > 1):
-        world = _join(args, config)
+        world = _join(args, config, watchdog, resources)
         weights = world.broadcast_bytes(None, 0).decode()
     core = _build(args, config, weights, world, None)
     with watchdog.over("the end of loading", limited=False):
@@ -147,7 +142,7 @@ def _obey(core: EngineCore, world: World, tick: Tick, encoder: msgspec.msgpack.E
         world.gather_bytes(data, 0)
 
 
-def _join(args: EngineProcessArgs, config: EngineConfig) -> World:
+def _join(args: EngineProcessArgs, config: EngineConfig, watchdog: Watchdog, resources: contextlib.ExitStack) -> World:
     world = join_world(
         args.rank,
         config.tp_size,
@@ -157,6 +152,11 @@ def _join(args: EngineProcessArgs, config: EngineConfig) -> World:
         timeout_s=_FOREVER,
     )
     _compare_configs(world, config)
+    if config.dist_init_addr is not None:
+        host, _ = host_and_port(config.dist_init_addr)
+        lifelines = open_lifelines(world, host, config.local_size, config.dist_timeout)
+        resources.callback(lifelines.close)
+        watchdog.watch(lifelines)
     return world
 
 
@@ -196,11 +196,6 @@ def _describe(config: EngineConfig, core: EngineCore, rank: int, world: World) -
         device=core.info.device,
         memory=core.info.memory,
     )
-
-
-def _end_process(report: str) -> None:
-    logger.error("%s", report)
-    os._exit(1)
 
 
 def _build(

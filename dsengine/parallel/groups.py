@@ -120,7 +120,7 @@ def join_world(
         interface = "lo"
         store: Store = FileStore(str(rendezvous), size)
     else:
-        host, port = _host_and_port(rendezvous)
+        host, port = host_and_port(rendezvous)
         interface = interface_towards(host)
         store = _open_store(host, port, rank, size, timeout)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
@@ -153,7 +153,12 @@ def _open_store(host: str, port: int, rank: int, size: int, timeout: timedelta) 
     return TCPStore(host, port, size, True, timeout, wait_for_workers=False, master_listen_fd=listener.detach())
 
 
-def _host_and_port(address: str) -> tuple[str, int]:
+def host_and_port(address: str) -> tuple[str, int]:
+    """The parts of "HOST:PORT".
+
+    Raises:
+        ValueError: it is something else.
+    """
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit():
         raise ValueError(f"the address is {address!r}; it must have the form HOST:PORT, as in 10.0.0.1:20000")

@@ -80,6 +80,19 @@ class RankProcesses:
         """One of them runs no more, whatever its exit status."""
         return any(child.poll() is not None for child in self._children.values())
 
+    def death_notices(self, resources: contextlib.ExitStack) -> list[int]:
+        """Descriptors that can be read when one of them has ended (Linux only, elsewhere there are none).
+
+        Args:
+            resources: which close them.
+        """
+        notices = []
+        for pid in self.pids.values() if sys.platform == "linux" else ():
+            with contextlib.suppress(ProcessLookupError):  # it has ended
+                notices.append(os.pidfd_open(pid))
+                resources.callback(os.close, notices[-1])
+        return notices
+
     def describe(self) -> list[str]:
         """What is the matter with ranks that have ended or stand still; nothing for those that run."""
         found = []

@@ -18,9 +18,10 @@ from types import FrameType
 
 from dsengine.config import EngineConfig, EngineFailurePolicy
 from dsengine.engine.process_args import EngineProcessArgs
-from dsengine.engine.ranks import EXIT_RANKS_FAILED, RANK_MODULE, check_ranks, rank_lines
+from dsengine.engine.ranks import RANK_MODULE, check_ranks, rank_lines
 from dsengine.model.checkpoint import resolve_checkpoint
 from dsengine.parallel.launch import RankProcesses
+from dsengine.parallel.watchdog import EXIT_RANKS_FAILED
 from dsengine.tokenizer.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import httpx
 import pytest
 from server_process import DEMO_MODEL, ROOT, ServerProcess, free_port, wait_until
+from test_rank_failures import NOTICED_SECONDS, Client
 
 from dsengine.config import EngineConfig
 from dsengine.parallel.launch import is_alive
@@ -26,10 +28,15 @@ class SecondNode:
     """`dsengine serve` on the second machine."""
 
     def __init__(self, folder: Path, *flags: str) -> None:
+        self._folder, self._flags = folder, flags
         self.log = folder / "node-1.log"
         command = [sys.executable, "-m", "dsengine", "serve", "--num-threads", "1", *FLAGS, "--node-rank", "1", *flags]
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+
+    def again(self) -> SecondNode:
+        """The same command once more, of which the caller takes care."""
+        return SecondNode(self._folder, *self._flags)
 
     def close(self) -> None:
         if self.process.poll() is None:
@@ -77,6 +84,46 @@ def test_two_nodes_serve_one_model(tmp_path: Path) -> None:
         assert first.process.wait(30) == 0, first.log_text()
         assert second.process.wait(30) == 0, second.log.read_text()
         assert not any(is_alive(pid) for pid in pids)
+
+
+def lose(first: ServerProcess, second: SecondNode, lost: int) -> tuple[float, str]:
+    """Kill a whole launch command while a request runs; returns the seconds until its client heard, and what."""
+    client = Client(first)
+    struck_at = time.monotonic()
+    (first.process, second.process)[lost].kill()
+    client.join(60)
+    return client.ended_at - struck_at, str(client.error)
+
+
+@pytest.mark.parametrize("lost", [pytest.param(0, marks=pytest.mark.slow), 1])
+def test_a_lost_node_is_named_and_no_rank_remains(tmp_path: Path, lost: int) -> None:
+    with two_nodes(tmp_path, "--on-engine-failure", "exit") as (first, second):
+        pids = [rank["pid"] for rank in ranks(first)]
+        seconds, error = lose(first, second, lost)
+        left, log = ((second.process, second.log), (first.process, first.log))[lost]
+        assert left.wait(20) == 1, log.read_text()
+        wait_until(lambda: not any(is_alive(pid) for pid in pids), 10)
+        report = f"node {lost} with rank {lost} ended or cannot be reached; rank {1 - lost} was in "
+        assert report in log.read_text(), log.read_text()
+        if lost == 1:
+            assert "The engine is not available" in error and seconds < NOTICED_SECONDS["killed"], log.read_text()
+
+
+@pytest.mark.slow
+def test_a_lost_node_of_two_ranks_may_come_back(tmp_path: Path) -> None:
+    with two_nodes(tmp_path, "--tp-size", "4", "--attn-dp-size", "2", "--dist-timeout", "60") as (first, second):
+        answer = complete(first)
+        pids = [rank["pid"] for rank in ranks(first)]
+        seconds, error = lose(first, second, 1)
+        assert "The engine is not available" in error and seconds < NOTICED_SECONDS["killed"], first.log_text()
+        assert "node 1 with ranks 2, 3 ended or cannot be reached; rank 0 was in step" in first.log_text()
+        wait_until(lambda: not any(is_alive(pid) for pid in pids), 10)
+        again = second.again()
+        try:
+            wait_until(lambda: first.health() == 200, 90, first.log_text)
+            assert complete(first) == answer
+        finally:
+            again.close()
 
 
 @pytest.mark.slow
