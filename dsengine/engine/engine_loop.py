@@ -9,7 +9,6 @@ from __future__ import annotations
 import sys
 import time
 import traceback
-from pathlib import Path
 
 import msgspec
 import zmq
