@@ -20,7 +20,7 @@ DraftAcceptance = Literal["coupled", "rejection"]
 SelfTest = Literal["auto", "on", "off"]
 CacheDType = Literal["auto", "bfloat16", "fp8_e4m3"]
 ChecksumMode = Literal["auto", "on", "off"]
-MoeExchange = Literal["gather", "all_to_all"]
+MoeExchange = Literal["gather", "all_to_all", "deepep", "deepep_normal"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 LogFormat = Literal["text", "json"]
 EngineFailurePolicy = Literal["restart", "exit"]
@@ -70,7 +70,8 @@ class ParallelConfig:
     moe_exchange: MoeExchange = _option(
         "gather",
         "How tokens come to experts on other ranks: gather brings all to all ranks, all_to_all each to the ranks that "
-        "hold its experts (--ep-size only).",
+        "hold its experts (--ep-size only); deepep does so with DeepEP's kernels (bfloat16 on CUDA), those for low "
+        "latency up to 128 tokens a rank; deepep_normal leaves these out. DeepEP: not yet run on a GPU.",
     )
     ep_num_redundant_experts: int = _option(
         0, "Places for second copies of busy experts, over all ranks (--ep-size only)."

@@ -18,6 +18,7 @@ import torch
 
 from dsengine.config import EngineConfig
 from dsengine.engine.agreement import Agreement, Alone
+from dsengine.engine.exchange_graphs import CleanedGraphs
 from dsengine.engine.graph_runner import (
     GraphBackend,
     GraphRunner,
@@ -85,16 +86,18 @@ def refusing(message: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _StepGraphs:
-    """Graphs of plain decode steps, and of those that verify trees."""
+    """Graphs of plain decode steps, and of those that verify trees, `most_trees` of them at most (None: any number)."""
 
     plain: GraphRunner
     trees: TreeGraphs | None
+    most_trees: int | None = None
 
     def capture(self, sizes: Sequence[int]) -> None:
         self.plain.capture(sizes)
-        if self.trees is not None:
+        possible = [size for size in sizes if self.most_trees is None or size <= self.most_trees]
+        if self.trees is not None and possible:
             # Their logits take as many rows as there are nodes; on large batches trees do not pay anyway.
-            self.trees.capture([size for size in sizes if size <= _TREE_GRAPHS_UP_TO] or sizes[:1])
+            self.trees.capture([size for size in possible if size <= _TREE_GRAPHS_UP_TO] or possible[:1])
 
 
 class DeviceSetup:
@@ -221,11 +224,20 @@ class DeviceSetup:
         with refusing(f"the CUDA graph of batch size {sizes[-1]} does not fit; lower --cuda-graph-max-bs"):
             return activations, measure_graphs(lambda: self._graphs(pool, new_backend()), probe, sizes)
 
+    @property
+    def _most_captured_tokens(self) -> int | None:
+        """Of an attention group: up to there a step's shapes do not depend on the routing; None: whatever it is."""
+        if self._config.moe_exchange in ("all_to_all", "deepep_normal"):
+            return 0
+        layout = self._model.slots.layout
+        return None if layout.deep_ep is None else layout.deep_ep.low_latency_tokens * layout.attention.size
+
     def _graph_sizes(self) -> list[int]:
         config = self._config
         if config.disable_cuda_graph:
             return []
-        if config.moe_exchange == "all_to_all":
+        most_tokens = self._most_captured_tokens
+        if most_tokens == 0:
             logger.warning("decode runs without CUDA graphs: the host waits to learn how many tokens go to which rank")
             return []
         obstacles = operations_against_capture(self._kernels, self._weights.has_fp8)
@@ -237,10 +249,15 @@ class DeviceSetup:
                 logger.warning("decode runs without CUDA graphs: operations of another rank may wait for the host")
             return []
         largest = min(config.max_running_requests, config.chunked_prefill_size)
+        if most_tokens is not None:
+            largest = min(largest, most_tokens)
         return graph_batch_sizes(config.cuda_graph_bs, config.cuda_graph_max_bs, largest)
 
     def _graphs(self, pool: KVCachePool, backend: GraphBackend) -> _StepGraphs:
         with_hidden = self._config.speculative_algorithm == "NEXTN"
+        layout = self._model.slots.layout
+        if layout.deep_ep is not None:
+            backend = CleanedGraphs(backend, layout.deep_ep)
         runner = partial(
             GraphRunner,
             partial(decode_function, self._model, pool, with_hidden=with_hidden),
@@ -248,14 +265,16 @@ class DeviceSetup:
             device=self._model.device,
             block_size=pool.block_size,
             context_length=self._context_length,
-            dp_size=self._model.slots.layout.dp_size,
+            dp_size=layout.dp_size,
         )
         tree = self._tree
         if tree is None:
             return _StepGraphs(runner(), None)
         # Where the tree is chosen for each step, it may be any of the ladder.
         shapes = [tree] if self._config.speculative_adaptive is False else ladder(tree)
-        return _StepGraphs(runner(), TreeGraphs(runner, shapes))
+        most_tokens = self._most_captured_tokens
+        most_trees = None if most_tokens is None else most_tokens // tree.num_nodes
+        return _StepGraphs(runner(), TreeGraphs(runner, shapes), most_trees)
 
     def _runner(self, pool: KVCachePool, graphs: _StepGraphs | None = None) -> ModelRunner:
         speculator = make_speculator(self._config, self._model, pool, self._sampler, self._agreement.passes)

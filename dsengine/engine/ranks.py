@@ -18,7 +18,7 @@ import msgspec
 import torch.distributed
 
 from dsengine.config import EngineConfig
-from dsengine.engine.build import ProgressCallback, build_engine, resolve_device
+from dsengine.engine.build import ProgressCallback, build_engine, resolve_device, resolve_dtype
 from dsengine.engine.core import EngineCore
 from dsengine.engine.leading_core import LeadingCore, Tick, answer_call, apply_messages
 from dsengine.engine.messages import EngineFailure, RankInfo, StepOutput
@@ -26,6 +26,7 @@ from dsengine.engine.process_args import EngineProcessArgs
 from dsengine.model.config import ModelConfig
 from dsengine.model.loader import resolve_formats
 from dsengine.model.sharding import check_layout
+from dsengine.parallel.deep_ep import check_usable
 from dsengine.parallel.groups import World, host_and_port, join_world
 from dsengine.parallel.launch import RankProcesses
 from dsengine.parallel.lifelines import open_lifelines
@@ -183,6 +184,8 @@ def check_ranks(config: EngineConfig, checkpoint: Path) -> None:
         moe_exchange=config.moe_exchange,
         redundant_experts=config.ep_num_redundant_experts,
     )
+    if config.moe_exchange in ("deepep", "deepep_normal"):
+        check_usable(device, resolve_dtype(config.dtype, device))
     for rank in config.local_ranks:
         resolve_device(config.device, rank - config.local_ranks.start)
 

@@ -16,19 +16,10 @@ from dsengine.model.activations import Activation
 from dsengine.model.config import ModelConfig
 from dsengine.model.linear import Linear
 from dsengine.model.side_stream import SideStream
-from dsengine.model.token_rows import RoutedTokens, TokenRows
+from dsengine.model.token_exchange import ExpertExchange, exchange_of, local_places
 from dsengine.model.weights import Slot, WeightSlots
-from dsengine.parallel.exchange import (
-    AllToAllExchange,
-    GatherExchange,
-    TokenExchange,
-    TokenShares,
-    group_tokens,
-    sum_over_group,
-    token_shares,
-)
+from dsengine.parallel.exchange import RoutedTokens, TokenShares, group_tokens, sum_over_group, token_shares
 from dsengine.parallel.expert_places import ExpertPlaces
-from dsengine.parallel.layout import Layout
 
 # Tokens up to which the shared experts run beside the routed ones: with more, either fills a GPU by itself.
 _BESIDE_TOKENS = 256
@@ -109,11 +100,8 @@ class MixtureOfExperts:
             self.shared_experts = GatedMLP(
                 slots, kernels, f"{prefix}shared_experts.", config.hidden_size, config.shared_intermediate_size
             )
-        self._exchange = _exchange_of(slots.layout, self.w_down.shape[0])
+        self._exchange = exchange_of(slots, config, self._first_place, len(self.w_down), self._experts_take_fp8)
         self.places = _places_of(slots, config.n_routed_experts, self._exchange)
-        self._rows = TokenRows(
-            config.hidden_size, config.num_experts_per_tok, slots.dtype, takes_fp8=self._experts_take_fp8
-        )
 
     def _allocate_experts(self, slots: WeightSlots, config: ModelConfig, prefix: str) -> None:
         layout, hidden, inter = slots.layout, config.hidden_size, config.moe_intermediate_size
@@ -200,16 +188,17 @@ class MixtureOfExperts:
     def _all_routed(self, x: Activation) -> Tensor:
         """This rank's part of the sum over the ranks, for tokens that all ranks have."""
         weights, places = self._route(x.value)
+        places = local_places(self._layout, places, self._first_place, len(self.w_down))
         if not self._experts_take_fp8:
             return self._compute(RoutedTokens(x.value, None, weights, places), x.value.dtype)
         assert x.codes is not None, "the norm before FP8 experts quantises"
         return self._compute(RoutedTokens(x.codes, x.scale, weights, places), x.value.dtype)
 
-    def _exchanged(self, exchange: TokenExchange, x: Activation, shares: TokenShares) -> Tensor:
+    def _exchanged(self, exchange: ExpertExchange, x: Activation, shares: TokenShares) -> Tensor:
         """The complete sums for the tokens that this rank brings."""
         weights, places = self._route(x.value)
-        rows, combine = exchange.dispatch(self._rows.pack(x, weights, places), places, shares)
-        return combine(self._compute(self._rows.unpack(rows), x.value.dtype))
+        tokens, combine = exchange.dispatch(x, weights, places, shares)
+        return combine(self._compute(tokens, x.value.dtype))
 
     def _route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(weights float32 [T, K]; the places of the experts, counted over all ranks, int64 [T, K])."""
@@ -217,18 +206,14 @@ class MixtureOfExperts:
         return weights, expert_ids if self.places is None else self.places(expert_ids)
 
     def _compute(self, tokens: RoutedTokens, dtype: torch.dtype) -> Tensor:
-        """[n, hidden_size] of `dtype`: what the experts here add up to."""
-        places = tokens.places
-        if self._layout.experts_whole and not self._layout.is_single:
-            here = places - self._first_place
-            places = torch.where((here >= 0) & (here < self.w_down.shape[0]), here, -1)
+        """[n, hidden_size] of `dtype`: what the experts here add up to; places are counted from this rank's first."""
         is_fp8 = tokens.x_scale is not None
         return self._kernels.moe_experts(
             tokens.x,
             self.w_gate_up,
             self.w_down,
             tokens.weights,
-            places,
+            tokens.places,
             w_gate_up_scale=self.w_gate_up_scale,
             w_down_scale=self.w_down_scale,
             x_scale=tokens.x_scale,
@@ -237,13 +222,7 @@ class MixtureOfExperts:
         )
 
 
-def _exchange_of(layout: Layout, places_per_rank: int) -> TokenExchange | None:
-    if layout.moe_exchange == "all_to_all" and not layout.is_single:
-        return AllToAllExchange(layout.world, places_per_rank)
-    return GatherExchange(layout.world) if layout.dp_size > 1 else None
-
-
-def _places_of(slots: WeightSlots, num_experts: int, exchange: TokenExchange | None) -> ExpertPlaces | None:
+def _places_of(slots: WeightSlots, num_experts: int, exchange: ExpertExchange | None) -> ExpertPlaces | None:
     layout = slots.layout
     if not (layout.redundant_experts or layout.balances_experts):
         return None

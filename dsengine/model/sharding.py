@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import get_args
 
 from dsengine.model.config import ModelConfig
 from dsengine.model.weights import FP8_BLOCK
+from dsengine.parallel.deep_ep import find_problems
 from dsengine.parallel.layout import MoeExchange
 
 
@@ -35,8 +37,9 @@ def check_layout(
         raise ValueError(f"the number of ranks is {tp_size}; it must be at least 1")
     if attn_dp_size < 1 or tp_size % attn_dp_size:
         raise ValueError(f"attn_dp_size is {attn_dp_size}; it must divide the number of ranks, {tp_size}")
-    if moe_exchange not in ("gather", "all_to_all"):
-        raise ValueError(f"moe_exchange is {moe_exchange!r}; expected 'gather' or 'all_to_all'")
+    if moe_exchange not in get_args(MoeExchange):
+        choices = " or ".join(map(repr, get_args(MoeExchange)))
+        raise ValueError(f"moe_exchange is {moe_exchange!r}; expected {choices}")
     fp8 = keeps_fp8 and config.quantization is not None
     problems = [
         *_attention_problems(config, tp_size // attn_dp_size, fp8),
@@ -74,10 +77,13 @@ def _expert_problems(
         elif (experts + redundant) % size:
             with_copies = f" and redundant_experts {redundant}" if redundant else ""
             yield f"n_routed_experts is {experts}{with_copies}, which is not a multiple of {size}"
+        if exchange in ("deepep", "deepep_normal") and size > 1:
+            top_k, low_latency = config.num_experts_per_tok, exchange == "deepep"
+            yield from find_problems(config.hidden_size, top_k, size, low_latency=low_latency)
         return
     yield from _width("moe_intermediate_size", config.moe_intermediate_size, size, fp8)
-    if exchange == "all_to_all":
-        yield "moe_exchange is 'all_to_all', which needs whole experts"
+    if exchange != "gather":
+        yield f"moe_exchange is {exchange!r}, which needs whole experts"
     if redundant:
         yield f"redundant_experts is {redundant}, which needs whole experts"
 

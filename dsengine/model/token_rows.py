@@ -2,28 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from dsengine.model.activations import Activation
-
-
-@dataclass(frozen=True)
-class RoutedTokens:
-    """Tokens, and the experts that each goes to.
-
-    Attributes:
-        x: [n, h], or only its FP8 codes and scales.
-        weights: float32 [n, K].
-        places: int64 [n, K]; -1: none.
-    """
-
-    x: Tensor
-    x_scale: Tensor | None
-    weights: Tensor
-    places: Tensor
+from dsengine.parallel.exchange import RoutedTokens
 
 
 class TokenRows:

@@ -23,6 +23,22 @@ Combine = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
+class RoutedTokens:
+    """Tokens, and the experts that each goes to.
+
+    Attributes:
+        x: [n, h], or only its FP8 codes and scales.
+        weights: float32 [n, K]; None where K is 1 and whoever adds the results up weights them.
+        places: int64 [n, K]; -1: none.
+    """
+
+    x: Tensor
+    x_scale: Tensor | None
+    weights: Tensor | None
+    places: Tensor
+
+
+@dataclass(frozen=True)
 class TokenShares:
     """Which tokens of a pass each rank brings.
 

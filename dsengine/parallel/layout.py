@@ -8,11 +8,13 @@ the world, whole or cut.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 from dsengine.parallel.collectives import Group, SingleProcess
+from dsengine.parallel.deep_ep import DeepEp
 
-MoeExchange = Literal["gather", "all_to_all"]
+MoeExchange = Literal["gather", "all_to_all", "deepep", "deepep_normal"]
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class Layout:
         experts_whole: routed experts are dealt out whole (expert parallelism) rather than cut along their intermediate
             dimension (tensor parallelism).
         moe_exchange: how tokens come to routed experts on other ranks: "gather" brings all to all, "all_to_all" each to
-            where its experts are (experts must be whole).
+            where its experts are (experts must be whole), as does DeepEP, with its low-latency kernels or without.
         redundant_experts: further copies of experts that the world holds, so that busy ones lie on several ranks.
         balances_experts: tokens are counted by expert, and experts may move (they must be whole).
     """
@@ -50,6 +52,17 @@ class Layout:
     def dp_rank(self) -> int:
         """This rank's group."""
         return self.world.rank // self.attention.size
+
+    @cached_property
+    def deep_ep(self) -> DeepEp | None:
+        """What carries the tokens of all layers, where that is DeepEP.
+
+        Raises:
+            ValueError: the package cannot be used.
+        """
+        if self.is_single or self.moe_exchange not in ("deepep", "deepep_normal"):
+            return None
+        return DeepEp(self.world, low_latency=self.moe_exchange == "deepep")
 
     def part(self, extent: int) -> slice:
         """This rank's of the attention group's equal parts of a dimension; `extent` must be divisible."""

@@ -63,8 +63,10 @@ def test_what_does_not_divide_is_named(change: dict[str, int], message: str) -> 
     ("options", "message"),
     [
         ({"attn_dp_size": 3}, "attn_dp_size is 3; it must divide the number of ranks, 4"),
-        ({"moe_exchange": "pipes"}, "moe_exchange is 'pipes'; expected 'gather' or 'all_to_all'"),
+        ({"moe_exchange": "pipes"}, "moe_exchange is 'pipes'; expected 'gather' or 'all_to_all' or"),
         ({"experts_whole": False, "moe_exchange": "all_to_all"}, "'all_to_all', which needs whole experts"),
+        ({"experts_whole": False, "moe_exchange": "deepep"}, "'deepep', which needs whole experts"),
+        ({"moe_exchange": "deepep"}, "hidden_size is 128, and DeepEP's low-latency kernels know 2048, .* 8192 only"),
         ({"experts_whole": False, "redundant_experts": 4}, "redundant_experts is 4, which needs whole experts"),
         ({"redundant_experts": 3}, "n_routed_experts is 16 and redundant_experts 3, which is not a multiple of 4"),
         ({"redundant_experts": 52}, "redundant_experts is 52, and must be from 0 to 48"),
