@@ -175,6 +175,16 @@ def _layout(shape: TreeShape, device: torch.device) -> _Layout:
     return _Layout(on_device([]), on_device(tree.depths), on_device(rows), tuple(expansions))
 
 
+def num_expanded(shape: TreeShape) -> int:
+    """Nodes that have children: rows of `DrawnFrom.probs`."""
+    return len(rank_tree(shape).expanded)
+
+
+def rows_of_expanded(shape: TreeShape, device: torch.device) -> Tensor:
+    """int64 [N], the `DrawnFrom.rows` of all trees of a shape."""
+    return _layout(shape, device).rows
+
+
 class DrawnGrower:
     """Grows the trees of one step a generation at a time, as `TreeGrower` does.
 

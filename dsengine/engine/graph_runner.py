@@ -128,6 +128,11 @@ class GraphRunner:
         """Captured batch sizes, rising."""
         return sorted(self._graphs)
 
+    @property
+    def kind(self) -> StepKind:
+        """Of the steps."""
+        return StepKind(self._tokens_per_request, self._has_branches)
+
     def capture(self, sizes: Sequence[int]) -> None:
         """Captures a graph for each size; the largest first, so that all others fit into its memory."""
         largest = max(sizes)
@@ -177,6 +182,15 @@ class GraphRunner:
         self._clear_masks(inputs.num_tokens, size)
         self._graphs[size].replay()
         return tuple(output[: inputs.num_tokens] for output in self._outputs)
+
+    def part(self, num_requests: int) -> tuple[ForwardBatch, tuple[Tensor, ...]]:
+        """The static batch and outputs of the first requests: after a run theirs, then padding up to its size.
+
+        The batch's host-side bounds are those of the graphs, not of any run.
+        """
+        assert self._inputs is not None, "nothing is captured"
+        tokens = num_requests * self._tokens_per_request
+        return self._first_requests(self._inputs, num_requests), tuple(output[:tokens] for output in self._outputs)
 
     def _compute(self, batch: ForwardBatch) -> None:
         for place, output in zip(self._outputs, self._function(batch), strict=True):
@@ -288,3 +302,8 @@ class TreeGraphs:
     def of(self, kind: StepKind) -> GraphRunner | None:
         """The runner for steps of this kind, None if there is none."""
         return self._runners.get(kind)
+
+    @property
+    def kinds(self) -> list[StepKind]:
+        """Of the steps that are captured; those of most nodes first."""
+        return list(self._runners)

@@ -17,10 +17,11 @@ from torch import Tensor
 from dsengine.engine.batch import ScheduledBatch, ScheduledRequest
 from dsengine.engine.lock_step import LockStep
 from dsengine.engine.messages import TokenLogprob
-from dsengine.engine.model_runner import ModelRunner, PreparedStep, PromptRows, StepOutputs
+from dsengine.engine.model_runner import ModelRunner, PreparedStep, PromptRows
 from dsengine.engine.request import Request
 from dsengine.engine.sampler import DrawnTokens, SampledToken, Sampler, TokenScores
 from dsengine.engine.speculation import DrawnPaths
+from dsengine.engine.step_outputs import StepOutputs
 from dsengine.model.rebalance import ExpertBalancer
 from dsengine.model.transfer import upload
 
@@ -160,21 +161,21 @@ class StepLauncher:
         assert speculator is not None and plan is not None
         times = speculator.times
         with times.measure("draft"):
-            tree = speculator.draft(plan)
+            tree = speculator.draft(plan, step.lock_step)
         with times.measure("verify"):
             outputs = self.runner.forward(step, previous.drawn if previous is not None else None, tree)
         with times.measure("accept"):
             paths, accepted, num_nodes = None, None, 0
             if tree is not None:
                 num_nodes = tree.tokens.numel()
-                kept, tokens, paths = speculator.verify(plan, tree, outputs.logits[:num_nodes])
+                kept, tokens, paths = speculator.verify(plan, tree, outputs)
                 accepted = (kept, tokens)
             drawn = self._draw(outputs.logits[num_nodes:], step.sampled[len(plan.trees) :])
             scores = self._score_prompts(step, outputs)
-        if outputs.hidden is not None and outputs.batch is not None:
+        if outputs.hidden is not None:
             with times.measure("catch up"):
                 token_ids = drawn.token_ids if drawn is not None else None
-                speculator.catch_up(plan, outputs.batch, outputs.hidden, accepted, token_ids)
+                speculator.catch_up(plan, outputs, accepted, token_ids)
         return DeviceResult(drawn, scores, paths)
 
     def _draw(self, logits: Tensor, sampled: Sequence[ScheduledRequest]) -> DrawnTokens | None:

@@ -17,6 +17,7 @@ from dsengine.engine.graph_runner import GraphRunner, TreeGraphs
 from dsengine.engine.lock_step import DECODE, LockStep, StepKind
 from dsengine.engine.request import Request
 from dsengine.engine.speculation import PreparedDrafts, Speculator, with_trees
+from dsengine.engine.step_outputs import StepOutputs
 from dsengine.memory.kv_cache import KVCachePool
 from dsengine.model.attention_plan import runs_absorbed
 from dsengine.model.deepseek import DeepseekModel
@@ -54,22 +55,6 @@ class PreparedStep:
     prompts: tuple[PromptRows, ...]
     drafts: PreparedDrafts | None = None
     lock_step: LockStep | None = None
-
-
-@dataclass(frozen=True)
-class StepOutputs:
-    """What a step computed, on the device.
-
-    Attributes:
-        logits: float32 [requests that sample, vocab_size], or more rows for requests with trees; the caller may change
-            them, until the next step.
-        hidden: [T, hidden_size] after the final norm; None where nothing but the logits is wanted.
-        batch: what was computed, with 0 for drafted tokens if the step was captured; None if `hidden` is.
-    """
-
-    logits: Tensor
-    hidden: Tensor | None
-    batch: ForwardBatch | None = None
 
 
 class ModelRunner:
@@ -128,16 +113,16 @@ class ModelRunner:
         graphs, num_requests = self._graphs_for(step)
         if graphs is not None:
             logits, *hidden_states = graphs.run(step.inputs, drawn, tree, at_least=num_requests)
-            if not hidden_states:
-                return StepOutputs(logits, None)
-            return StepOutputs(logits, hidden_states[0], step.inputs.to_device(self.device, drawn))
+            static, _ = graphs.part(step.inputs.num_requests)
+            hidden = hidden_states[0] if hidden_states else None
+            return StepOutputs(logits, hidden, static.positions, static.slot_mapping, graphs.kind)
         batch = step.inputs.to_device(self.device, drawn)
         if tree is not None:
             assert step.drafts is not None and step.drafts.shape is not None
             batch = with_trees(batch, tree, is_chain=step.drafts.shape.topk == 1)
         hidden = self.model.forward(batch, self.pool.layers)
         logits = self.model.compute_logits(hidden[batch.logits_indices])
-        return StepOutputs(logits, hidden, batch) if needs_hidden else StepOutputs(logits, None)
+        return StepOutputs(logits, hidden if needs_hidden else None, batch.positions, batch.slot_mapping)
 
     def _graphs_for(self, step: PreparedStep) -> tuple[GraphRunner | None, int]:
         """What replays a step, and how many requests its size must hold; (None, 0): it runs kernel by kernel."""

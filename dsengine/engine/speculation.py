@@ -8,7 +8,7 @@ drafter catches up with all tokens whose successor is now known.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,15 +17,19 @@ from torch import Tensor
 
 from dsengine.config import DraftAcceptance
 from dsengine.engine.batch import ScheduledRequest
-from dsengine.engine.batch_inputs import Int64Array, table_of
+from dsengine.engine.batch_inputs import Int64Array
+from dsengine.engine.draft_graphs import CatchUpGraphs, DraftGraphs
+from dsengine.engine.draft_inputs import DraftInputs
+from dsengine.engine.kept_paths import move_kept, new_entries
+from dsengine.engine.lock_step import LockStep, StepKind
 from dsengine.engine.phase_times import PhaseTimes
 from dsengine.engine.request import Request, RequestStatus
 from dsengine.engine.sampler import SampledToken, Sampler, TokenScores
+from dsengine.engine.step_outputs import StepOutputs
 from dsengine.memory.kv_cache import KVCachePool
 from dsengine.model.forward_batch import ForwardBatch
 from dsengine.model.transfer import HostCopy, upload
-from dsengine.specdec.drafter import Drafter, DraftTargets, NextNDrafter
-from dsengine.specdec.drawn_tree import DrawSource
+from dsengine.specdec.drafter import Drafter, NextNDrafter
 from dsengine.specdec.shape import TreeShape
 from dsengine.specdec.tree import TokenTree
 from dsengine.specdec.verification import AcceptedPaths, choose_paths, follow, follow_chains
@@ -36,8 +40,8 @@ class PreparedDrafts:
     """What the device needs to know of a step's trees, and of what the drafter is to catch up with.
 
     Attributes:
-        shape: of the trees of the first `len(trees)` requests of the step.
-        block_table: of those, with room for `shape.num_slots` entries.
+        shape: of the trees of the step's first requests.
+        targets: those requests.
         rows: of the drafter's memory, for requests that get a token: those with trees first.
         next_ids: successors of the other requests' tokens, 0 where they are still to be drawn.
         drawn: places of those, one for each request that samples without a tree.
@@ -45,12 +49,24 @@ class PreparedDrafts:
     """
 
     shape: TreeShape | None
-    trees: tuple[ScheduledRequest, ...]
-    block_table: np.ndarray
+    targets: DraftInputs
     rows: Int64Array
     next_ids: Int64Array
     drawn: Int64Array
     only_proposals: bool = False
+
+    @property
+    def trees(self) -> tuple[ScheduledRequest, ...]:
+        """The requests with trees."""
+        return self.targets.trees
+
+
+@dataclass(frozen=True)
+class DrafterGraphs:
+    """A drafter's work, captured: the trees, and for each kind of captured step what follows it."""
+
+    drafts: DraftGraphs
+    catch_up: Mapping[StepKind, CatchUpGraphs]
 
 
 class DraftRows:
@@ -114,6 +130,9 @@ class Speculator:
         num_layers: of the main model, whose entries move with the accepted tokens.
         num_rows: requests that can run at once.
         acceptance: how drafts of requests that sample are accepted.
+
+    Attributes:
+        graphs: what drafts and catches up without launching kernel by kernel; None: nothing does.
     """
 
     def __init__(
@@ -128,6 +147,7 @@ class Speculator:
         acceptance: DraftAcceptance = "coupled",
     ) -> None:
         self._pool = pool
+        self._device = pool.layers[0].device
         self._num_layers = num_layers
         self._sampler = sampler
         self._drafter = drafter
@@ -136,6 +156,12 @@ class Speculator:
         # What is looked up has no distribution that it could be drawn from.
         self._rejects = acceptance == "rejection" and self._nextn is not None
         self.times = times
+        self.graphs: DrafterGraphs | None = None
+
+    @property
+    def nextn(self) -> NextNDrafter | None:
+        """The drafter, where it is the checkpoint's own layer."""
+        return self._nextn
 
     @property
     def needs_hidden(self) -> bool:
@@ -153,78 +179,71 @@ class Speculator:
         """
         trees = tuple(s for s in ordered if s.num_drafts)
         others = ordered[len(trees) :]
-        size = self._pool.block_size
         rows = self._rows.of([s.request for s in (*trees, *others) if s.samples])
-        block_table, next_ids, drawn = np.zeros((0, 0), np.int32), [], []
-        if trees:
-            assert shape is not None
-            ends = np.array([s.start + shape.num_slots for s in trees], dtype=np.int64)
-            block_table = table_of([s.request for s in trees], -(-ends // size))
+        targets = DraftInputs.of(trees, rows[: len(trees)], shape, self._pool.block_size)
+        next_ids, drawn = [], []
         for s in others:
             next_ids += s.request.token_ids(s.start + 1, s.start + s.num_tokens + 1)
             if s.samples:
                 drawn.append(len(next_ids))
                 next_ids.append(0)
         return PreparedDrafts(
-            shape, trees, block_table, rows, np.array(next_ids, np.int64), np.array(drawn, np.int64), only_proposals
+            shape, targets, rows, np.array(next_ids, np.int64), np.array(drawn, np.int64), only_proposals
         )
 
-    def draft(self, plan: PreparedDrafts) -> TokenTree | None:
-        """The step's trees, None if it has none."""
-        tree = self._draft(plan)
-        if self._nextn is not None and plan.shape is not None and not plan.only_proposals:
+    def draft(self, plan: PreparedDrafts, lock_step: LockStep | None = None) -> TokenTree | None:
+        """The step's trees, None if it has none.
+
+        Args:
+            lock_step: of all attention groups, where there are several.
+        """
+        shape, trees = plan.shape, plan.trees
+        if shape is None:
+            return None
+        proposals = [s.request.proposal for s in trees]
+        if plan.only_proposals:
+            return proposed_chains(upload(plan.targets.roots, self._device), proposals, shape) if trees else None
+        tree = self._drafted(plan.targets, shape, lock_step)
+        return with_proposals(tree, proposals, shape) if tree is not None and any(proposals) else tree
+
+    def _drafted(self, targets: DraftInputs, shape: TreeShape, lock_step: LockStep | None) -> TokenTree | None:
+        most_trees, samples = len(targets.trees), targets.samples
+        if lock_step is not None:
+            most_trees, samples = lock_step.most_trees, lock_step.samples
+        graphs = None if self.graphs is None else self.graphs.drafts
+        if graphs is not None and graphs.holds(shape, most_trees):
+            replayed = graphs.run(targets, shape, drawn=self._rejects and samples, at_least=most_trees)
+            return replayed if targets.trees else None
+        tree = None
+        if targets.trees:
+            assert self._drafter is not None, "without a drafter only proposals make trees"
+            draws = self._rejects and targets.samples
+            tree = self._drafter.draft(targets.to_device(self._device, draws=draws), shape)
+        if self._nextn is not None:
             self._nextn.wait_for_others()
         return tree
 
-    def _draft(self, plan: PreparedDrafts) -> TokenTree | None:
-        if not plan.trees:
-            return None
-        assert plan.shape is not None
-        device = self._pool.layers[0].device
-        roots = np.array([s.request.token_ids(s.start, s.start + 1)[0] for s in plan.trees], dtype=np.int64)
-        targets = DraftTargets(
-            texts=[s.request for s in plan.trees],
-            roots=upload(roots, device),
-            contexts=upload(np.array([s.start for s in plan.trees], dtype=np.int64), device),
-            context_lens=tuple(s.start for s in plan.trees),
-            block_table=upload(plan.block_table, device),
-            rows=upload(plan.rows[: len(plan.trees)], device),
-            draws=self._draw_source(plan, device),
-        )
-        proposals = [s.request.proposal for s in plan.trees]
-        if plan.only_proposals:
-            return proposed_chains(targets.roots, proposals, plan.shape)
-        assert self._drafter is not None, "without a drafter only proposals make trees"
-        tree = self._drafter.draft(targets, plan.shape)
-        return with_proposals(tree, proposals, plan.shape) if any(proposals) else tree
-
-    def _draw_source(self, plan: PreparedDrafts, device: torch.device) -> DrawSource | None:
-        """What the drafts are drawn by, None where they are not drawn."""
-        requests = [s.request for s in plan.trees]
-        if not self._rejects or plan.only_proposals or all(r.params.temperature <= 0 for r in requests):
-            return None
-        return DrawSource(
-            temperature=upload(np.array([r.params.temperature for r in requests], dtype=np.float32), device),
-            seeds=upload(np.array([r.seed for r in requests], dtype=np.int64), device),
-            positions=upload(np.array([s.num_output_tokens for s in plan.trees], dtype=np.int64), device),
-        )
-
-    def verify(self, plan: PreparedDrafts, tree: TokenTree, logits: Tensor) -> tuple[AcceptedPaths, Tensor, DrawnPaths]:
-        """Find the accepted path of each tree, and move what it left in the cache.
+    def verify(
+        self, plan: PreparedDrafts, tree: TokenTree, outputs: StepOutputs
+    ) -> tuple[AcceptedPaths, Tensor, DrawnPaths]:
+        """Find the accepted path of each tree, and move what it left in the cache, unless catching up does.
 
         Args:
-            logits: float32 [B · N, vocab_size], of all nodes.
+            outputs: of the step; the logits of its trees' nodes are changed.
 
         Returns:
             the paths, their new tokens [B, depth + 1], and these on their way to the host.
         """
         assert plan.shape is not None
+        num_nodes = tree.tokens.numel()
+        logits = outputs.logits[:num_nodes]
         requests = [s.request for s in plan.trees]
         counts = [s.num_output_tokens for s in plan.trees]
         self._sampler.process_trees(logits, requests, counts, tree)
         paths = self._accept(plan, tree, logits)
-        if plan.shape.topk > 1:
-            self._compact(plan, paths)
+        if plan.shape.topk > 1 and self._catch_up_graphs(outputs) is None:
+            slots = outputs.slots[:num_nodes].view(tree.tokens.shape)
+            move_kept(self._pool, self._num_layers, paths.nodes, slots)
         tokens = paths.new_tokens(tree)
         scored = [row for row, request in enumerate(requests) if request.params.logprobs is not None]
         scores = None
@@ -238,9 +257,9 @@ class Speculator:
     def _accept(self, plan: PreparedDrafts, tree: TokenTree, logits: Tensor) -> AcceptedPaths:
         assert plan.shape is not None
         requests = [s.request for s in plan.trees]
-        source = self._draw_source(plan, logits.device) if tree.drawn is not None else None
-        if source is None:
+        if tree.drawn is None or not plan.targets.samples:
             return self._follow(plan, tree, logits)
+        source = plan.targets.source(logits.device)
         # Greedy requests and proposals of grammars: candidates that were not drawn.
         follows = [r.params.temperature <= 0 or len(r.proposal) > 0 for r in requests]
         paths = self._sampler.reject_drafts(logits, requests, source, tree, plan.shape)
@@ -256,61 +275,57 @@ class Speculator:
             return follow_chains(tree, choices)
         return follow(tree, choices, plan.shape.max_depth)
 
-    def _compact(self, plan: PreparedDrafts, paths: AcceptedPaths) -> None:
-        """Moves the entries of accepted nodes to the places of their tokens, in all layers of the main model."""
-        places = torch.arange(paths.nodes.shape[1], device=paths.nodes.device).expand_as(paths.nodes)
-        # Behind the end of a path everything stays where it is.
-        kept = torch.where(paths.nodes < 0, places, paths.nodes)
-        (_, sources), (_, targets) = self._places(plan, kept[:, 1:]), self._places(plan, places[:, 1:])
-        self._pool.move(sources, targets, self._num_layers)
-
-    def _places(self, plan: PreparedDrafts, offsets: Tensor) -> tuple[Tensor, Tensor]:
-        """(positions, slots) that lie so far [B, n] after the contexts of the requests with trees, int64 [B · n]."""
-        size = self._pool.block_size
-        context = upload(np.array([s.start for s in plan.trees], dtype=np.int64), offsets.device)
-        positions = context[:, None] + offsets
-        blocks = upload(plan.block_table, offsets.device).long().gather(1, positions // size)
-        return positions.flatten(), (blocks * size + positions % size).flatten()
-
     def catch_up(
         self,
         plan: PreparedDrafts,
-        batch: ForwardBatch,
-        hidden: Tensor,
+        outputs: StepOutputs,
         accepted: tuple[AcceptedPaths, Tensor] | None,
         drawn: Tensor | None,
     ) -> None:
         """Let the drafter enter the step's tokens into its cache, with the model's true hidden states.
 
         Args:
-            batch: the step's own.
-            hidden: [T, hidden_size] of the step.
+            outputs: of the step.
             accepted: what is kept of the trees, and the new tokens [B, depth + 1].
             drawn: int64, tokens of the requests that sampled without a tree.
         """
-        if self._nextn is None:
+        if self._nextn is None or outputs.hidden is None:
             return
-        device = hidden.device
+        graphs = self._catch_up_graphs(outputs)
+        if graphs is None:
+            self._catch_up(plan, outputs, accepted, drawn)
+        elif accepted is not None:
+            graphs.run(accepted[1], plan.rows, accepted[0])
+        elif drawn is not None:
+            graphs.run(drawn[:, None], plan.rows, None)
+
+    def _catch_up_graphs(self, outputs: StepOutputs) -> CatchUpGraphs | None:
+        if self.graphs is None or outputs.kind is None:
+            return None
+        return self.graphs.catch_up.get(outputs.kind)
+
+    def _catch_up(
+        self,
+        plan: PreparedDrafts,
+        outputs: StepOutputs,
+        accepted: tuple[AcceptedPaths, Tensor] | None,
+        drawn: Tensor | None,
+    ) -> None:
+        assert self._nextn is not None and outputs.hidden is not None
+        device, hidden, positions, slots = self._device, outputs.hidden, outputs.positions, outputs.slots
         next_ids, last = upload(plan.next_ids, device), upload(plan.drawn, device)
-        positions, slots = batch.positions, batch.slot_mapping
         if drawn is not None and len(plan.drawn):
             next_ids.index_copy_(0, last, drawn.clamp(min=0))
         if accepted is not None:
             assert plan.shape is not None
             paths, tokens = accepted
-            count, width = paths.nodes.shape
-            num_nodes = count * plan.shape.num_nodes
-            nodes = hidden[:num_nodes].view(count, plan.shape.num_nodes, -1)
-            kept = nodes.gather(1, paths.nodes.clamp(min=0)[:, :, None].expand(-1, -1, nodes.shape[2]))
-            # Behind the end of a path nobody reads the entries before they are written again.
-            steps = torch.arange(width, device=device).expand_as(tokens)
-            tree_positions, tree_slots = self._places(plan, steps)
-            ends = torch.arange(0, count * width, width, device=device) + paths.lengths - 1
-            hidden = torch.cat((kept.flatten(0, 1), hidden[num_nodes:]))
-            next_ids = torch.cat((tokens.clamp(min=0).flatten(), next_ids))
-            positions = torch.cat((tree_positions, positions[num_nodes:]))
-            slots = torch.cat((tree_slots, slots[num_nodes:]))
-            last = torch.cat((ends, last + count * width))
+            n = len(plan.trees) * plan.shape.num_nodes
+            kept = new_entries(paths.nodes, paths.lengths, tokens, hidden[:n], positions[:n], slots[:n])
+            hidden = torch.cat((kept.hidden, hidden[n:]))
+            next_ids = torch.cat((kept.next_ids, next_ids))
+            positions = torch.cat((kept.positions, positions[n:]))
+            slots = torch.cat((kept.slots, slots[n:]))
+            last = torch.cat((kept.last, last + tokens.numel()))
         self._nextn.extend(hidden, next_ids, positions, slots, last, upload(plan.rows, device))
 
 

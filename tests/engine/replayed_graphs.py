@@ -25,3 +25,7 @@ class ReplayedGraphs:
         function()
         self.captured.append(ReplayedFunction(function))
         return self.captured[-1]
+
+    def counts(self) -> list[int]:
+        """How often each has been replayed."""
+        return [graph.num_replays for graph in self.captured]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,11 @@ from replayed_graphs import ReplayedGraphs
 from tiny_engine import GREEDY, core_of, random_prompts, tokens
 
 from dsengine import LLM, SamplingParams
-from dsengine.engine.graph_runner import GraphRunner, TreeGraphs
 from dsengine.engine.messages import AddRequest, RequestUpdate
-from dsengine.engine.model_runner import ModelRunner, decode_function
+from dsengine.engine.model_runner import ModelRunner
 from dsengine.engine.request import Request
 from dsengine.engine.speculation_book import SpeculationBook
+from dsengine.engine.step_graphs import StepGraphs, make_step_graphs
 from dsengine.model.random_checkpoint import write_random_checkpoint
 from dsengine.model.teacher_forcing import forced_batch, num_blocks
 from dsengine.specdec.controller import TreeController, ladder
@@ -297,32 +297,58 @@ def test_impossible_options(options: dict[str, Any], message: str) -> None:
         LLM(progress=False, **options)
 
 
+@pytest.mark.parametrize("rule", ["coupled", "rejection"])
 @pytest.mark.parametrize("tree", [(3, 1, 4), (2, 3, 6)], ids=str)
 def test_captured_steps_write_the_same_answers(
-    checkpoint: Path, workload: tuple[list[list[int]], list[SamplingParams]], expected: list[Any], tree: Any
+    checkpoint: Path, workload: tuple[list[list[int]], list[SamplingParams]], expected: list[Any], tree: Any, rule: Any
 ) -> None:
-    """Verified in graphs, padded to their sizes, wherever nothing but trees is computed."""
+    """Drafted, verified and kept in graphs, padded to their sizes, wherever nothing but trees is computed."""
     prompts, params = workload
-    with engine(checkpoint, tree) as llm:
+    shapes = ladder(TreeShape(*tree))
+    with engine(checkpoint, tree, speculative_acceptance=rule) as llm:
         launcher = core_of(llm)._launcher
-        runner = launcher.runner
-        assert runner.speculator is not None
-        backend = ReplayedGraphs()
-        place: Any = {"device": runner.device, "block_size": runner.pool.block_size, "context_length": 512}
-        function = partial(decode_function, runner.model, runner.pool, with_hidden=True)
-        plain = GraphRunner(function, backend, **place)
-        trees = TreeGraphs(partial(GraphRunner, function, backend, **place), ladder(TreeShape(*tree)))
+        runner, backend = launcher.runner, ReplayedGraphs()
+        speculator = runner.speculator
+        assert speculator is not None
+
+        def answers_with(shape: TreeShape | None) -> list[Any]:
+            controller = None if shape is None else TreeController(shape, None)
+            core_of(llm)._book = None if controller is None else SpeculationBook(controller, speculator.times)
+            return answers(llm, prompts, params)
+
+        # By rejection tokens depend on the size of the trees.
+        wanted = [expected if rule == "coupled" else answers_with(shape) for shape in (None, *shapes)]
+        graphs = make_step_graphs(
+            runner.model,
+            runner.pool,
+            backend,
+            context_length=512,
+            sizes=[1, 4, 16],
+            tree_sizes=[2, 5, 12],
+            shapes=shapes,
+            drafter=speculator.nextn,
+            draws=rule == "rejection",
+        )
         with torch.inference_mode():
-            plain.capture([1, 4, 16])
-            trees.capture([2, 5, 12])
-        launcher.runner = ModelRunner(runner.model, runner.pool, plain, runner.speculator, trees)
-        assert answers(llm, prompts, params) == expected
-        assert sum(graph.num_replays for graph in backend.captured[:3]) == 0
-        for shape in ladder(TreeShape(*tree)):
-            core_of(llm)._book = SpeculationBook(TreeController(shape, None), runner.speculator.times)
-            before = sum(graph.num_replays for graph in backend.captured[3:])
-            assert answers(llm, prompts, params) == expected
-            assert sum(graph.num_replays for graph in backend.captured[3:]) > before + 2
-        core_of(llm)._book = None  # nothing is drafted any more, but the drafter still catches up
-        assert answers(llm, prompts, params) == expected
-        assert sum(graph.num_replays for graph in backend.captured[:3]) > 2
+            graphs.capture()
+        launcher.runner = ModelRunner(runner.model, runner.pool, graphs.plain, speculator, graphs.trees)
+        speculator.graphs = graphs.drafter
+        for shape, answer in zip((None, *shapes), wanted, strict=True):
+            before = backend.counts()
+            assert answers_with(shape) == answer
+            plain, trees, drafts, caught_up = replays(backend, before, graphs)
+            # Without trees the drafter still catches up.
+            assert plain + trees == caught_up and (shape is None) == (drafts == 0)
+            assert min(trees, drafts) > 2 if shape is not None else plain > 2
+            # Beside prompts trees are verified kernel by kernel, but drafted in graphs.
+            assert drafts >= trees
+
+
+def replays(backend: ReplayedGraphs, before: list[int], graphs: StepGraphs) -> list[int]:
+    """How often plain steps, verifications, drafts and what follows have been replayed since."""
+    assert graphs.trees is not None and graphs.drafter is not None
+    after, ends = backend.counts(), [len(graphs.sizes)]
+    ends.append(ends[-1] + len(graphs.trees.kinds) * len(graphs.tree_sizes))
+    ends.append(len(after) - len(graphs.sizes) - len(graphs.trees.kinds) * len(graphs.tree_sizes))
+    counts = [b - a for a, b in zip(before, after, strict=True)]
+    return [sum(counts[a:b]) for a, b in pairwise([0, *ends, len(after)])]

@@ -27,8 +27,9 @@ from dsengine.engine.core import EngineCore
 from dsengine.engine.device_setup import DeviceSetup
 from dsengine.engine.memory_ledger import MemoryLedger
 from dsengine.engine.messages import AddRequest
-from dsengine.engine.model_runner import ModelRunner, StepOutputs
+from dsengine.engine.model_runner import ModelRunner
 from dsengine.engine.sampling_params import SamplingParams
+from dsengine.engine.step_outputs import StepOutputs
 from dsengine.model.deepseek import DeepseekModel
 from dsengine.model.moe import MixtureOfExperts
 from dsengine.parallel.groups import World, join_world
