@@ -1,8 +1,8 @@
 """The requests of the API, with their bounds.
 
 Strict: a string is no number, `true` is no integer, an unknown field is an error that names it. Fields of OpenAI's API
-that would change the answer but are not supported are refused with a message that says so; fields that cannot change it
-(`user`, `metadata`, `store` …) are accepted and ignored. Every bound is closed, so that no request can ask for
+that would change the answer but are not supported are refused with a message that says so; fields that concern OpenAI's
+own service (`user`, `metadata`, `store` …) are accepted without effect. Every bound is closed, so that no request can ask for
 unbounded work.
 """
 
@@ -21,6 +21,7 @@ from dsengine.server.protocol_base import (
     ModelName,
     Strict,
     TokenId,
+    check_verbosity,
     contradiction,
     unsupported,
 )
@@ -46,6 +47,12 @@ class StreamOptions(Strict):
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
     include_obfuscation: bool | None = None
+
+    @model_validator(mode="after")
+    def _check_obfuscation(self) -> Self:
+        if self.include_obfuscation:
+            raise unsupported("include_obfuscation", " except for false")
+        return self
 
     @property
     def usage_in(self) -> UsageIn:
@@ -190,7 +197,7 @@ class ChatCompletionRequest(_Sampling, _ChatInput):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS), INTEGRAL] | None = None
 
-    # Accepted and ignored: they change nothing about the answer.
+    # Accepted without effect: they concern OpenAI's own service.
     store: bool | None = None
     metadata: dict[str, Any] | None = None
     safety_identifier: str | None = None
@@ -205,15 +212,14 @@ class ChatCompletionRequest(_Sampling, _ChatInput):
     audio: Any = None
     prediction: Any = None
     web_search_options: Any = None
-    verbosity: str | None = None
+    verbosity: Literal["low", "medium", "high"] | None = None
 
     @model_validator(mode="after")
     def _refuse_unsupported(self) -> Self:
         for name in ("functions", "audio", "prediction", "web_search_options"):
             if getattr(self, name):
                 raise unsupported(name)
-        if self.verbosity not in (None, "medium"):
-            raise unsupported("verbosity", " except for medium")
+        check_verbosity(self.verbosity)
         if self.function_call not in (None, "none", "auto"):
             raise unsupported("function_call")
         if self.modalities not in (None, ["text"]):

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from dsengine.server.errors import validation_failed
 from dsengine.server.protocol import MAX_STOP_CHARS, MAX_STOP_STRINGS, ChatCompletionRequest
-from dsengine.server.protocol_base import INTEGRAL, MAX_INT, ModelName, Strict, contradiction
+from dsengine.server.protocol_base import INTEGRAL, MAX_INT, ModelName, Strict, contradiction, unsupported
 from dsengine.server.protocol_messages import MAX_MESSAGES, MAX_PARTS, MAX_TOOLS, CallId, FunctionName
 
 
@@ -80,7 +80,13 @@ class AnthropicToolChoice(Strict):
 class ThinkingConfig(Strict):
     type: Literal["enabled", "disabled", "adaptive"]
     budget_tokens: Annotated[int, Field(ge=1, le=MAX_INT), INTEGRAL] | None = None
-    display: str | None = None
+    display: Literal["summarized", "omitted"] | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.display == "omitted":
+            raise unsupported("display", " as 'omitted': thinking is given whole")
+        return self
 
 
 class _Conversation(Strict):
@@ -110,7 +116,7 @@ class MessagesRequest(_Conversation):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=0, le=MAX_INT), INTEGRAL] | None = None
 
-    # Accepted and ignored: they change nothing about the answer.
+    # Accepted without effect: they concern Anthropic's own service.
     metadata: dict[str, Any] | None = None
     service_tier: str | None = None
 

@@ -24,6 +24,12 @@ def unsupported(name: str, hint: str = "") -> PydanticCustomError:
     return PydanticCustomError("unsupported", f"{name} is not supported by this server{hint}", {"param": name})
 
 
+def check_verbosity(value: str | None) -> None:
+    """Refuse what no model of ours knows how to do."""
+    if value not in (None, "medium"):
+        raise unsupported("verbosity", f" as {value!r}, only as 'medium'")
+
+
 def contradiction(message: str, param: str | None = None) -> PydanticCustomError:
     """A validation error about fields that do not go together; `param` is the one to mend, if one is."""
     # A template, whose braces would be filled in.

@@ -67,7 +67,7 @@ class ChatMessage(Strict):
     def text(self) -> str:
         if isinstance(self.content, list):
             return "".join(part.text or "" for part in self.content)
-        return self.content or ""
+        return self.content or self.refusal or ""
 
     @property
     def reasoning_text(self) -> str | None:

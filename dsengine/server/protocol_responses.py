@@ -9,7 +9,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from dsengine.engine.sampling_params import MAX_TOP_LOGPROBS
 from dsengine.server.errors import validation_failed
 from dsengine.server.protocol import ChatCompletionRequest, ReasoningEffort
-from dsengine.server.protocol_base import INTEGRAL, MAX_INT, ModelName, Strict, contradiction, unsupported
+from dsengine.server.protocol_base import (
+    INTEGRAL,
+    MAX_INT,
+    ModelName,
+    Strict,
+    check_verbosity,
+    contradiction,
+    unsupported,
+)
 from dsengine.server.protocol_messages import MAX_MESSAGES, MAX_PARTS, MAX_TOOLS, CallId, FunctionName
 
 
@@ -85,11 +93,47 @@ class TextOptions(Strict):
     format: TextFormat | None = None
     verbosity: Literal["low", "medium", "high"] | None = None
 
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        check_verbosity(self.verbosity)
+        return self
+
 
 class ReasoningOptions(Strict):
     effort: ReasoningEffort | None = None
     summary: Literal["auto", "concise", "detailed"] | None = None
     generate_summary: Literal["auto", "concise", "detailed"] | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for name in ("summary", "generate_summary"):
+            if getattr(self, name) not in (None, "auto"):
+                raise unsupported(name, " except for auto: reasoning is given whole")
+        return self
+
+
+class ResponseStreamOptions(Strict):
+    include_obfuscation: bool | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.include_obfuscation:
+            raise unsupported("include_obfuscation", " except for false")
+        return self
+
+
+# The first acts. Encrypted reasoning is not needed where it is given in plain text; the others tell more of tools that
+# run at OpenAI, of which there are none here.
+Included = Literal[
+    "message.output_text.logprobs",
+    "reasoning.encrypted_content",
+    "code_interpreter_call.outputs",
+    "computer_call_output.output.image_url",
+    "file_search_call.results",
+    "message.input_image.image_url",
+    "web_search_call.action.sources",
+    "web_search_call.results",
+]
 
 
 class ResponsesRequest(Strict):
@@ -107,7 +151,10 @@ class ResponsesRequest(Strict):
     text: TextOptions | None = None
     reasoning: ReasoningOptions | None = None
 
-    # Accepted and ignored: they change nothing about the answer.
+    include: Annotated[list[Included], Field(max_length=64)] | None = None
+    stream_options: ResponseStreamOptions | None = None
+
+    # Accepted without effect: they concern OpenAI's own service and the tools that it runs.
     store: bool | None = None
     metadata: dict[str, Any] | None = None
     user: str | None = None
@@ -115,9 +162,7 @@ class ResponsesRequest(Strict):
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
     service_tier: str | None = None
-    stream_options: dict[str, Any] | None = None
-    include: list[str] | None = None
-    max_tool_calls: int | None = None
+    max_tool_calls: Annotated[int, Field(ge=1, le=MAX_INT), INTEGRAL] | None = None
     truncation: Literal["auto", "disabled"] | None = None
 
     # Known, and refused: nothing is stored.
@@ -133,6 +178,8 @@ class ResponsesRequest(Strict):
                 raise unsupported(name, ": nothing is stored between requests")
         if self.truncation == "auto":
             raise unsupported("truncation", " except for disabled")
+        if self.top_logprobs and "message.output_text.logprobs" not in (self.include or []):
+            raise contradiction("top_logprobs needs message.output_text.logprobs in include", "top_logprobs")
         wanted = self.text.format if self.text is not None else None
         if wanted is not None and (wanted.type == "json_schema") != (wanted.schema_ is not None):
             raise contradiction("a format of type json_schema needs a schema, others have none", "text.format")

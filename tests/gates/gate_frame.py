@@ -40,7 +40,7 @@ class Scale:
     @property
     def slack(self) -> float:
         """What limits of time are multiplied with: the quick share runs on machines that do other work as well."""
-        return 10.0 if self.quick else 1.0
+        return 3.0 if self.quick else 1.0
 
 
 @dataclass(frozen=True)

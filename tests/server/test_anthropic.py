@@ -140,6 +140,7 @@ def test_an_answer_may_be_begun_by_the_client() -> None:
         {"messages": [{"role": "user", "content": [{"type": "tool_result", "tool_use_id": "a", "content": "x"}]}]},
         {"tool_choice": {"type": "any"}},
         {"tools": TOOLS, "tool_choice": {"type": "tool"}},
+        {"thinking": {"type": "enabled", "budget_tokens": 1024, "display": "omitted"}},
         {"surprise": 1},
     ],
 )

@@ -129,12 +129,34 @@ def test_items_become_the_messages_of_a_chat() -> None:
         ({"tool_choice": "required"}, "tool_choice"),
         ({"text": {"format": {"type": "json_schema"}}}, "text"),
         ({"max_output_tokens": 0}, "max_output_tokens"),
+        ({"text": {"verbosity": "low"}}, "text.verbosity"),
+        ({"reasoning": {"summary": "detailed"}}, "reasoning.summary"),
+        ({"reasoning": {"generate_summary": "concise"}}, "reasoning.generate_summary"),
+        ({"stream": True, "stream_options": {"include_obfuscation": True}}, "stream_options.include_obfuscation"),
+        ({"stream": True, "stream_options": {"surprise": 1}}, "stream_options.surprise"),
+        ({"include": ["everything"]}, "include"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"max_tool_calls": 0}, "max_tool_calls"),
         ({"surprise": 1}, "surprise"),
     ],
 )
 def test_refused(fields: dict[str, Any], param: str) -> None:
     error = ask(status=400, **fields)
     assert error["param"] is not None and error["param"].startswith(param), error
+
+
+def test_the_defaults_of_what_is_not_supported_are_accepted() -> None:
+    fields: dict[str, Any] = {
+        "text": {"verbosity": "medium"},
+        "reasoning": {"effort": "none", "summary": "auto"},
+        "stream_options": {"include_obfuscation": False},
+        "include": ["reasoning.encrypted_content", "message.output_text.logprobs"],
+        "top_logprobs": 1,
+        "store": True,
+        "max_tool_calls": 3,
+    }
+    answer = ask("Hello.", **fields)
+    assert answer["store"] is False and answer["output"][0]["content"][0]["logprobs"]
 
 
 @pytest.fixture(scope="module")
