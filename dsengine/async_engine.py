@@ -391,7 +391,6 @@ class AsyncEngine:
         if call.name == "update_weights" and "error" not in reply.result:
             # Whether or not anybody still waits: an engine that is started anew is to have the same.
             self._weights = call.argument
-            self._info = msgspec.structs.replace(self.info, model=call.argument)
         if not future.done():
             future.set_result(reply.result)
 

@@ -9,10 +9,11 @@ import random
 import signal
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
 
 import pytest
 
-from dsengine import LLM, SamplingParams
+from dsengine import LLM, SamplingParams, async_engine
 from dsengine.async_engine import AsyncEngine, EngineDeadError, QueueFullError
 from dsengine.config import EngineConfig
 from dsengine.engine.messages import RequestUpdate
@@ -200,5 +201,28 @@ def test_the_engine_ends_with_its_parent() -> None:
         child = int(await parent.stdout.readline())
         await parent.wait()
         await eventually(lambda: not process_exists(child), seconds=10)
+
+    run(scenario)
+
+
+def test_maintenance_may_last_and_outlives_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    monkeypatch.setattr(async_engine, "_RANK_0_SECONDS", 0.0)
+
+    async def scenario() -> None:
+        config = EngineConfig(tp_size=2, dist_timeout=1.0)
+        async with running(config, module="slow_engine") as engine:
+            pid = engine.pid
+            assert engine.info.model == str(engine.checkpoint)
+            assert await engine.call("update_weights", "refused") == {"error": "no"}
+            waiter = asyncio.create_task(engine.call("update_weights", "new weights"))
+            await asyncio.sleep(0.1)
+            waiter.cancel()  # whoever asked has left
+            assert await engine.call("wake_up") == {} and engine.pid == pid, "it was silent for twice the limit"
+            assert engine.is_alive
+            with pytest.raises(EngineDeadError):
+                await engine.call("stats")  # is not answered
+            await eventually(lambda: engine.is_alive)
+            assert engine.pid != pid and engine.info.model == "new weights"
 
     run(scenario)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -11,30 +10,12 @@ from typing import Any
 
 import httpx
 import pytest
-from safetensors.torch import load_file, save_file
+from maintenance_helpers import ADMIN, ADMIN_FLAGS, ASK, admin, ask, copy_of_demo, edit, resident_bytes
 from server_process import DEMO_MODEL, ServerProcess, running_server, wait_until
 
 from dsengine.demo import CHECKPOINT_DIR
 
-ADMIN = {"Authorization": "Bearer boss"}
-ASK: dict[str, Any] = {"model": DEMO_MODEL, "prompt": "347 + 285 = ", "max_tokens": 24, "temperature": 0, "logprobs": 1}
 LONG: dict[str, Any] = ASK | {"max_tokens": 6000, "ignore_eos": True, "logprobs": None}
-
-
-def copy_of_demo(folder: Path) -> Path:
-    ignored = shutil.ignore_patterns("*.sha256.json", "README.md")
-    return Path(shutil.copytree(CHECKPOINT_DIR, folder, ignore=ignored))
-
-
-def edit(folder: Path, name: str, change: Any) -> None:
-    """Changes one tensor of a checkpoint."""
-    for file in folder.glob("*.safetensors"):
-        tensors = load_file(file)
-        if name in tensors:
-            tensors[name] = change(tensors[name])
-            save_file(tensors, file, metadata={"format": "pt"})
-            return
-    raise AssertionError(f"no tensor {name}")
 
 
 @pytest.fixture(scope="module")
@@ -58,39 +39,21 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Iterator[ServerProcess]:
-    flags = ("--max-total-tokens", "65536", "--enable-admin", "--admin-api-key", "boss", "--drain-timeout", "3")
-    with running_server(
-        tmp_path_factory.mktemp("server"), *flags, "--weight-update-root", str(root), "--self-test", "off"
-    ) as process:
+    flags = ("--max-total-tokens", "65536", "--self-test", "off", "--weight-update-root", str(root))
+    with running_server(tmp_path_factory.mktemp("server"), *ADMIN_FLAGS, *flags) as process:
         yield process
-
-
-def admin(server: ServerProcess, path: str, method: str = "POST", **body: Any) -> httpx.Response:
-    content: dict[str, Any] = {"json": body} if method == "POST" else {}
-    return httpx.request(method, server.url + path, headers=ADMIN, timeout=60, **content)
-
-
-def ask(server: ServerProcess) -> tuple[str, list[float]]:
-    answer = httpx.post(server.url + "/v1/completions", json=ASK, timeout=60)
-    assert answer.status_code == 200, answer.text
-    choice = answer.json()["choices"][0]
-    return choice["text"], choice["logprobs"]["token_logprobs"]
-
-
-def resident_bytes(server: ServerProcess) -> int:
-    return int(Path(f"/proc/{server.engine_pid()}/statm").read_text().split()[1]) * 4096
 
 
 @pytest.mark.parametrize("level", [1, 2])
 def test_asleep_nothing_runs_and_awake_all_is_as_before(server: ServerProcess, level: int) -> None:
-    expected, before = ask(server), resident_bytes(server)
+    expected, before = ask(server), resident_bytes(server.engine_pid())
     assert admin(server, "/sleep", level=level).json() == {"is_sleeping": True, "level": level}
     assert admin(server, "/is_sleeping", "GET").json() == {"is_sleeping": True, "level": level}
     for path, body in (("completions", ASK), ("chat/completions", {"messages": [{"role": "user", "content": "x"}]})):
         refused = httpx.post(f"{server.url}/v1/{path}", json={"model": DEMO_MODEL} | body, timeout=10)
         assert refused.status_code == 503 and refused.headers["retry-after"] and "asleep" in refused.text
     assert server.health() == 200
-    freed = before - resident_bytes(server)
+    freed = before - resident_bytes(server.engine_pid())
     assert freed > (30_000_000 if level == 1 else 60_000_000), "its cache holds 64k tokens, its weights 13 million"
     again = admin(server, "/sleep", level=level)
     assert again.status_code == 400 and "asleep already" in again.text
