@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -19,20 +19,16 @@ import torch
 from dsengine.config import EngineConfig
 from dsengine.engine.agreement import Agreement, Alone
 from dsengine.engine.exchange_graphs import CleanedGraphs
-from dsengine.engine.graph_runner import (
-    GraphBackend,
-    GraphRunner,
-    TreeGraphs,
-    graph_batch_sizes,
-    operations_against_capture,
-)
+from dsengine.engine.graph_runner import GraphBackend, graph_batch_sizes, operations_against_capture
 from dsengine.engine.launch import DirectQueue, StepLauncher
 from dsengine.engine.memory_ledger import DeviceBudget, MemoryLedger, format_bytes
 from dsengine.engine.memory_probe import MemoryProbe, weigh
 from dsengine.engine.memory_profile import measure_graphs, measure_steps
-from dsengine.engine.model_runner import ModelRunner, decode_function
+from dsengine.engine.model_runner import ModelRunner
 from dsengine.engine.sampler import Sampler
+from dsengine.engine.speculation import Speculator
 from dsengine.engine.speculation_setup import largest_tree_shape, make_speculator
+from dsengine.engine.step_graphs import StepGraphs, make_step_graphs, tree_sizes_of
 from dsengine.kernels.fp8_kv import fp8_kv_bytes
 from dsengine.kernels.registry import Kernels
 from dsengine.memory.kv_cache import KVCachePool
@@ -44,7 +40,6 @@ logger = logging.getLogger(__name__)
 
 RESERVE_BYTES = 2**29
 _CPU_CACHE_CONTEXTS = 8
-_TREE_GRAPHS_UP_TO = 64  # requests
 
 
 @dataclass(frozen=True)
@@ -82,22 +77,6 @@ def refusing(message: str) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise ValueError(message) from error
-
-
-@dataclass(frozen=True)
-class _StepGraphs:
-    """Graphs of plain decode steps, and of those that verify trees, `most_trees` of them at most (None: any number)."""
-
-    plain: GraphRunner
-    trees: TreeGraphs | None
-    most_trees: int | None = None
-
-    def capture(self, sizes: Sequence[int]) -> None:
-        self.plain.capture(sizes)
-        possible = [size for size in sizes if self.most_trees is None or size <= self.most_trees]
-        if self.trees is not None and possible:
-            # Their logits take as many rows as there are nodes; on large batches trees do not pay anyway.
-            self.trees.capture([size for size in possible if size <= _TREE_GRAPHS_UP_TO] or possible[:1])
 
 
 class DeviceSetup:
@@ -151,7 +130,7 @@ class DeviceSetup:
                 f"of {size}; raise --mem-fraction-static (now {config.mem_fraction_static}) or --max-total-tokens"
             )
         pool = self._pool(self._agreement.blocks(num_tokens // size))
-        return self._runner(pool), self._ledger(total_memory(), pool)
+        return ModelRunner(self._model, pool, None, self._speculator(pool)), self._ledger(total_memory(), pool)
 
     def on_cuda(self, probe: MemoryProbe, new_backend: Callable[[], GraphBackend]) -> tuple[ModelRunner, MemoryLedger]:
         """A runner whose cache and graphs leave room for the largest step.
@@ -177,10 +156,11 @@ class DeviceSetup:
         block_bytes = self._block_size * self._token_bytes
         num_blocks = budget.num_blocks(block_bytes, self._block_size, config.max_total_tokens)
         pool = self._pool(self._agreement.blocks(num_blocks))
+        speculator = self._speculator(pool)
         graphs, kept = None, 0
         if sizes:
             before = probe.free()
-            graphs = self._graphs(pool, new_backend())
+            graphs = self._graphs(pool, new_backend(), speculator, sizes)
             with (
                 torch.inference_mode(),
                 refusing(
@@ -188,7 +168,7 @@ class DeviceSetup:
                     "--cuda-graph-max-bs or --mem-fraction-static"
                 ),
             ):
-                graphs.capture(sizes)
+                graphs.capture()
             left = probe.free()
             kept = before - left
             if left < activations:
@@ -197,7 +177,7 @@ class DeviceSetup:
                     f"shown {format_bytes(graph_bytes)}: {format_bytes(left)} are left, and the largest step needs "
                     f"{format_bytes(activations)}; lower --cuda-graph-max-bs or --mem-fraction-static"
                 )
-        runner = self._runner(pool, graphs)
+        runner = _runner(self._model, pool, speculator, graphs)
         return runner, self._ledger(probe.total(), pool, graphs=kept, activations=activations, reserve=RESERVE_BYTES)
 
     @torch.inference_mode()
@@ -206,13 +186,14 @@ class DeviceSetup:
     ) -> tuple[int, int]:
         """Bytes of the largest step and of the graphs, tried with a cache of a single block."""
         config, pool = self._config, self._pool(1)
+        speculator = self._speculator(pool)
         with refusing(
             f"the largest step does not fit beside the weights (chunked_prefill_size {config.chunked_prefill_size}, "
             f"max_running_requests {config.max_running_requests}); lower --chunked-prefill-size or "
             "--max-running-requests"
         ):
             activations = measure_steps(
-                StepLauncher(self._runner(pool), self._sampler, DirectQueue()),
+                StepLauncher(ModelRunner(self._model, pool, None, speculator), self._sampler, DirectQueue()),
                 probe,
                 token_budget=config.chunked_prefill_size,
                 max_running_requests=config.max_running_requests,
@@ -222,7 +203,9 @@ class DeviceSetup:
         if not sizes:
             return activations, 0
         with refusing(f"the CUDA graph of batch size {sizes[-1]} does not fit; lower --cuda-graph-max-bs"):
-            return activations, measure_graphs(lambda: self._graphs(pool, new_backend()), probe, sizes)
+            return activations, measure_graphs(
+                lambda: self._graphs(pool, new_backend(), speculator, sizes), probe, len(sizes)
+            )
 
     @property
     def _most_captured_tokens(self) -> int | None:
@@ -253,34 +236,26 @@ class DeviceSetup:
             largest = min(largest, most_tokens)
         return graph_batch_sizes(config.cuda_graph_bs, config.cuda_graph_max_bs, largest)
 
-    def _graphs(self, pool: KVCachePool, backend: GraphBackend) -> _StepGraphs:
-        with_hidden = self._config.speculative_algorithm == "NEXTN"
-        layout = self._model.slots.layout
-        if layout.deep_ep is not None:
-            backend = CleanedGraphs(backend, layout.deep_ep)
-        runner = partial(
-            GraphRunner,
-            partial(decode_function, self._model, pool, with_hidden=with_hidden),
-            backend,
-            device=self._model.device,
-            block_size=pool.block_size,
-            context_length=self._context_length,
-            dp_size=layout.dp_size,
-        )
-        tree = self._tree
-        if tree is None:
-            return _StepGraphs(runner(), None)
-        # Where the tree is chosen for each step, it may be any of the ladder.
-        shapes = [tree] if self._config.speculative_adaptive is False else ladder(tree)
+    def _graphs(
+        self, pool: KVCachePool, backend: GraphBackend, speculator: Speculator | None, sizes: list[int]
+    ) -> StepGraphs:
+        deep_ep, tree, config = self._model.slots.layout.deep_ep, self._tree, self._config
+        if deep_ep is not None:
+            backend = CleanedGraphs(backend, deep_ep)
+        make = partial(make_step_graphs, self._model, pool, backend, context_length=self._context_length, sizes=sizes)
+        if tree is None or speculator is None:
+            return make()
         most_tokens = self._most_captured_tokens
-        most_trees = None if most_tokens is None else most_tokens // tree.num_nodes
-        return _StepGraphs(runner(), TreeGraphs(runner, shapes), most_trees)
+        return make(
+            tree_sizes=tree_sizes_of(sizes, None if most_tokens is None else most_tokens // tree.num_slots),
+            # Where the tree is chosen for each step, it may be any of the ladder.
+            shapes=[tree] if config.speculative_adaptive is False else ladder(tree),
+            drafter=speculator.nextn,
+            draws=config.speculative_acceptance == "rejection",
+        )
 
-    def _runner(self, pool: KVCachePool, graphs: _StepGraphs | None = None) -> ModelRunner:
-        speculator = make_speculator(self._config, self._model, pool, self._sampler, self._agreement.passes)
-        if graphs is None:
-            return ModelRunner(self._model, pool, None, speculator)
-        return ModelRunner(self._model, pool, graphs.plain, speculator, graphs.trees)
+    def _speculator(self, pool: KVCachePool) -> Speculator | None:
+        return make_speculator(self._config, self._model, pool, self._sampler, self._agreement.passes)
 
     def _pool(self, num_blocks: int) -> KVCachePool:
         row = self._row
@@ -308,6 +283,16 @@ class DeviceSetup:
             activations=activations,
             reserve=reserve,
         )
+
+
+def _runner(
+    model: DeepseekModel, pool: KVCachePool, speculator: Speculator | None, graphs: StepGraphs | None
+) -> ModelRunner:
+    if graphs is None:
+        return ModelRunner(model, pool, None, speculator)
+    if speculator is not None:
+        speculator.graphs = graphs.drafter
+    return ModelRunner(model, pool, graphs.plain, speculator, graphs.trees)
 
 
 def total_memory() -> int:

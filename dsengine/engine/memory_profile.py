@@ -25,7 +25,8 @@ from dsengine.specdec.shape import TreeShape
 
 
 class Capturing(Protocol):
-    def capture(self, sizes: Sequence[int]) -> None: ...
+    def capture(self, most: int | None = None) -> None:
+        """Captures graphs of the `most` largest sizes."""
 
 
 # The most expensive choices: every row is sorted for top-p and once more for its alternatives.
@@ -133,20 +134,20 @@ def _inputs(chunks: Sequence[tuple[int, int]], context_length: int, block_size: 
     )
 
 
-def measure_graphs(new_runner: Callable[[], Capturing], probe: MemoryProbe, sizes: Sequence[int]) -> int:
-    """Bytes that graphs for all `sizes` will keep, told from trial captures of the largest and of the two largest.
+def measure_graphs(new_graphs: Callable[[], Capturing], probe: MemoryProbe, num_sizes: int) -> int:
+    """Bytes that graphs for all sizes will keep, told from trial captures of the largest and of the two largest.
 
     The largest graph brings the memory that all share; every other one adds about what the second adds.
     """
 
-    def kept_by(captured: Sequence[int]) -> int:
+    def kept_by(most: int) -> int:
         before = probe.free()
-        runner = new_runner()
-        runner.capture(captured)
+        graphs = new_graphs()
+        graphs.capture(most)
         return before - probe.free()
 
-    kept_by(sizes[-1:])  # the first capture also loads what stays loaded
-    largest = kept_by(sizes[-1:])
-    if len(sizes) == 1:
+    kept_by(1)  # the first capture also loads what stays loaded
+    largest = kept_by(1)
+    if num_sizes == 1:
         return largest
-    return largest + max(kept_by(sizes[-2:]) - largest, 0) * (len(sizes) - 1)
+    return largest + max(kept_by(2) - largest, 0) * (num_sizes - 1)
