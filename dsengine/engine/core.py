@@ -21,7 +21,7 @@ from dsengine.engine.agreement import Agreement, Alone
 from dsengine.engine.batch import ScheduledBatch, ScheduledRequest
 from dsengine.engine.grammar import GrammarStore
 from dsengine.engine.jump_forward import JumpForward
-from dsengine.engine.latency import LatencyController, within
+from dsengine.engine.latency import Demand, LatencyController, Work, within
 from dsengine.engine.launch import LaunchedStep, StepLauncher
 from dsengine.engine.messages import (
     AddRequest,
@@ -166,27 +166,51 @@ class EngineCore:
 
     def _launch(self, now: float) -> LaunchedStep | None:
         """Schedules a step and queues it on the device; None when there is nothing to compute."""
-        budget = self._latency.choose(self._scheduler.demand(now)) if self._latency is not None else None
-        tree = self._choose_tree(budget)
+        demand = self._demand(now)
+        tree = self._choose_tree(demand)
         chains = self._jumps.chains() if self._jumps is not None and tree is None else None
+        budget = self._choose_budget(demand, tree)
         batch = self._scheduler.schedule(now, tree or chains, only_proposals=chains is not None, budget=budget)
         lock_step = self._agreement.step(batch)
         if batch.is_empty and (lock_step is None or lock_step.most_requests == 0):
             return None
-        if self._latency is not None:
-            self._latency.start(now, batch.num_tokens)
+        self._note_start(now, batch)
         self._num_steps += 1
         launched = self._launcher.launch(batch, self._under_way, lock_step)
         self._scheduler.advance(batch)
         return launched
 
-    def _choose_tree(self, budget: int | None) -> TreeShape | None:
+    def _demand(self, now: float) -> Demand | None:
+        """What the latency targets are to be weighed against; None where there are none."""
+        if self._latency is None:
+            return None
+        self._latency.end(now)
+        return self._scheduler.demand(now)
+
+    def _choose_tree(self, demand: Demand | None) -> TreeShape | None:
         if self._book is None:
             return None
         load = self._scheduler.load()
         tree = self._book.choose(load)
-        wish = tree if budget is None else within(tree, load.requests, budget)
-        return self._agreement.tree(wish, load.requests)
+        if self._latency is not None and demand is not None:
+            others = demand.decoding - load.requests
+            tree = within(tree, load.requests, self._latency.most_decode_tokens(demand) - others)
+        return self._agreement.tree(tree, load.requests)
+
+    def _choose_budget(self, demand: Demand | None, tree: TreeShape | None) -> int | None:
+        if self._latency is None or demand is None:
+            return None
+        drafts = self._scheduler.load().requests * (tree.num_nodes - 1) if tree is not None else 0
+        return self._latency.choose(demand, drafts)
+
+    def _note_start(self, now: float, batch: ScheduledBatch) -> None:
+        """Overlapped, the time until the next step begins is that of the step before this one."""
+        if self._latency is None:
+            return
+        if not self.overlap:
+            self._latency.start(now, Work.of(batch))
+        elif self._under_way is not None:
+            self._latency.start(now, Work.of(self._under_way.batch))
 
     def _settle(self, launched: LaunchedStep | None) -> list[RequestUpdate]:
         """Waits for a step and enters its results; requests that have ended in the meantime get no update."""
@@ -203,11 +227,13 @@ class EngineCore:
                 broken = request.grammar.error if request.grammar is not None else None
                 self._scheduler.fail(request, broken or NUMERICAL_ERROR)
         good = [s for s in alive if s.request.error is None]
-        if self._book is not None:
-            drafted = [s for s in good if s.num_drafts and not s.request.proposal]
-            self._book.enter(launched.batch.tree, [len(tokens[s.request]) - 1 for s in drafted])
+        drafted = [s for s in good if s.num_drafts and not s.request.proposal]
         proposed = [s for s in good if s.num_drafts and s.request.proposal]
         self._scheduler.commit(ScheduledBatch(good), [_ids(tokens.get(s.request, ())) for s in good])
+        if self._book is not None:
+            accepted = [len(tokens[s.request]) - 1 for s in drafted]
+            kept = sum(_num_kept(s, tokens[s.request]) for s in drafted)
+            self._book.enter(launched.batch.tree, accepted, kept)
         if self._jumps is not None:
             for s in proposed:
                 assert launched.batch.tree is not None
@@ -279,10 +305,19 @@ def _ids(sampled: Sequence[SampledToken]) -> list[int]:
     return [token.token_id for token in sampled if token.token_id is not None]
 
 
+def _num_entered(scheduled: ScheduledRequest) -> int:
+    """Fewer than were drawn if the request ends in the middle of a path, or fails."""
+    return len(scheduled.request.output_token_ids) - scheduled.num_output_tokens
+
+
+def _num_kept(scheduled: ScheduledRequest, sampled: Sequence[SampledToken]) -> int:
+    """Drafts that became tokens: all but the last one drawn, as far as they were entered."""
+    return min(_num_entered(scheduled), len(sampled) - 1)
+
+
 def _update_of(scheduled: ScheduledRequest, sampled: Sequence[SampledToken]) -> RequestUpdate:
     request = scheduled.request
-    # A request that ends in the middle of a path, or fails, has entered fewer tokens than were drawn.
-    entered = sampled[: len(request.output_token_ids) - scheduled.num_output_tokens]
+    entered = sampled[: _num_entered(scheduled)]
     first = scheduled.num_output_tokens == 0 and len(entered) > 0
     scored = first and request.params.prompt_logprobs is not None
     return RequestUpdate(
@@ -295,6 +330,6 @@ def _update_of(scheduled: ScheduledRequest, sampled: Sequence[SampledToken]) -> 
         prompt_logprobs=tuple(request.prompt_logprobs) if scored else None,
         error=request.error,
         num_drafts=scheduled.num_drafts,
-        num_accepted=max(len(entered) - 1, 0),
+        num_accepted=_num_kept(scheduled, sampled),
         queue_seconds=(request.queue_seconds or 0.0) if first else 0.0,
     )

@@ -384,6 +384,7 @@ def _merge_speculation(groups: Sequence[SpeculationStats]) -> SpeculationStats:
     return msgspec.structs.replace(
         groups[0],
         num_drafts=sum(stats.num_drafts for stats in groups),
+        num_accepted=sum(stats.num_accepted for stats in groups),
         lengths=[sum(counts) for counts in zip(*(stats.lengths for stats in groups), strict=True)],
         tried=[sum(counts) for counts in zip(*(stats.tried for stats in groups), strict=True)],
         steps=dict(steps),

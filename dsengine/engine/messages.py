@@ -129,6 +129,7 @@ class SpeculationStats(msgspec.Struct, frozen=True):
     Attributes:
         shape: of the latest trees, as steps/topk/nodes; "none" while nothing is drafted.
         num_drafts: drafted tokens that were verified.
+        num_accepted: drafts that became tokens; `lengths` also count what stood behind the end of an answer.
         lengths: trees by the number of drafts accepted from them.
         tried: trees whose path reached depth 1, 2, … or ended just before it.
         steps: steps by the shape of their trees.
@@ -137,21 +138,22 @@ class SpeculationStats(msgspec.Struct, frozen=True):
 
     shape: str
     num_drafts: int
+    num_accepted: int
     lengths: list[int]
     tried: list[int]
     steps: dict[str, int]
     seconds: dict[str, float]
 
     @property
-    def num_accepted(self) -> int:
-        """Drafts that became tokens."""
+    def total_length(self) -> int:
+        """Of all paths together."""
         return sum(count * length for length, count in enumerate(self.lengths))
 
     @property
     def tokens_per_tree(self) -> float:
         """Tokens of one request in one step with a tree, the model's own included; nan before the first."""
         trees = sum(self.lengths)
-        return (trees + self.num_accepted) / trees if trees else float("nan")
+        return (trees + self.total_length) / trees if trees else float("nan")
 
     def acceptance(self, depth: int) -> float:
         """Share of the drafts at `depth` (from 1) that were accepted, where the one before was; nan: none was tried."""

@@ -152,8 +152,8 @@ class Scheduler:
         first = prompts[0] if prompts else next(iter(self._waiting), None)
         if first is None:
             return Demand(decoding)
-        missing = first.num_tokens - first.request.num_computed_tokens
-        return Demand(decoding, missing, now - first.request.arrival_time)
+        context = first.request.num_computed_tokens or self._sharing.find(first) * self.config.block_size
+        return Demand(decoding, first.num_tokens - context, context, now - first.request.arrival_time)
 
     def schedule(
         self, now: float, tree: TreeShape | None = None, *, only_proposals: bool = False, budget: int | None = None

@@ -21,7 +21,7 @@ class SpeculationBook:
         depth = controller.largest.max_depth
         self._controller = controller
         self._times = times
-        self._num_drafts = 0
+        self._num_drafts = self._num_kept = 0
         self._lengths = [0] * (depth + 1)
         self._tried = [0] * depth
         self._steps: dict[str, int] = {}
@@ -34,13 +34,14 @@ class SpeculationBook:
         self._shape = self._controller.choose(load)
         return self._shape
 
-    def enter(self, shape: TreeShape | None, accepted: Sequence[int]) -> None:
-        """A step's outcome: accepted drafts of each request that had a tree."""
+    def enter(self, shape: TreeShape | None, accepted: Sequence[int], num_kept: int) -> None:
+        """A step's outcome: accepted drafts of each request that had a tree, and how many of them became tokens."""
         if shape is None or not accepted:
             return
         self._controller.observe(shape, accepted)
         self._steps[str(shape)] = self._steps.get(str(shape), 0) + 1
         self._num_drafts += len(accepted) * (shape.num_nodes - 1)
+        self._num_kept += num_kept
         for count in accepted:
             self._lengths[count] += 1
             for depth in range(min(count + 1, shape.max_depth)):
@@ -51,6 +52,7 @@ class SpeculationBook:
         return SpeculationStats(
             shape=str(self._shape) if self._shape is not None else "none",
             num_drafts=self._num_drafts,
+            num_accepted=self._num_kept,
             lengths=list(self._lengths),
             tried=list(self._tried),
             steps=dict(self._steps),

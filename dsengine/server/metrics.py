@@ -219,10 +219,10 @@ def _group_metrics(groups: Sequence[EngineStats]) -> Iterator[Metric]:
 def _speculation_metrics(stats: SpeculationStats) -> Iterator[Metric]:
     """What has come of drafting; the label values are those of the configured tree and of what is smaller."""
     yield CounterMetricFamily("dsengine_spec_draft_tokens", "Drafted tokens verified.", value=stats.num_drafts)
-    yield CounterMetricFamily("dsengine_spec_accepted_tokens", "Drafted tokens accepted.", value=stats.num_accepted)
+    yield CounterMetricFamily("dsengine_spec_accepted_tokens", "Drafts that became tokens.", value=stats.num_accepted)
     lengths = HistogramMetricFamily("dsengine_spec_accepted_length", "Drafts accepted of one tree.")
     buckets = [(str(length), sum(stats.lengths[: length + 1])) for length in range(len(stats.lengths))]
-    lengths.add_metric([], [*buckets, ("+Inf", sum(stats.lengths))], stats.num_accepted)
+    lengths.add_metric([], [*buckets, ("+Inf", sum(stats.lengths))], stats.total_length)
     yield lengths
     rates = GaugeMetricFamily(
         "dsengine_spec_acceptance_ratio", "Share of drafts accepted where the one before was.", labels=["depth"]

@@ -12,7 +12,7 @@ from tiny_engine import GREEDY, random_prompts, tokens, write_tiny_checkpoint
 
 from dsengine import LLM
 from dsengine.config import EngineConfig
-from dsengine.engine.latency import Demand, LatencyController, within
+from dsengine.engine.latency import Demand, LatencyController, Line, Work, within
 from dsengine.engine.messages import AddRequest
 from dsengine.engine.request import Request
 from dsengine.engine.sampling_params import SamplingParams
@@ -22,12 +22,21 @@ from dsengine.memory.radix_cache import RadixCache
 from dsengine.specdec.shape import TreeShape
 
 FIXED, EACH = 0.010, 0.0001  # seconds of a step, and of each of its tokens
+MIXED, PAIR = (
+    0.004,
+    0.00000003,
+)  # of a step that has prompts beside decodes, and of each pair of a token and one before it
 
 
 class Clock:
-    """A simulated engine whose steps take time, driven by a controller."""
+    """A simulated engine whose steps take time, driven by a controller.
 
-    def __init__(self, controller: LatencyController | None, *, noise: float = 0.0) -> None:
+    Args:
+        noise: of the steps' times, up or down by this share at most.
+        bent: prompts cost more the longer they are, and their mere presence costs.
+    """
+
+    def __init__(self, controller: LatencyController | None, *, noise: float = 0.0, bent: bool = False) -> None:
         config = SchedulerConfig(block_size=16, max_running_requests=64, token_budget=2048, context_length=16_384)
         manager = BlockManager(4096)
         self.scheduler = Scheduler(config, manager, RadixCache(manager, 16))
@@ -38,6 +47,7 @@ class Clock:
         self._controller = controller
         self._rng = random.Random(0)
         self._noise = noise
+        self._bent = bent
 
     def add(self, name: str, length: int, max_tokens: int) -> Request:
         prompt = [self._rng.randrange(50) for _ in range(length)]
@@ -51,10 +61,12 @@ class Clock:
         budget = controller.choose(demand) if controller is not None else None
         batch = scheduler.schedule(self.now, budget=budget)
         if controller is not None:
-            controller.start(self.now, batch.num_tokens)
-        seconds = (FIXED + EACH * batch.num_tokens) * (1 + self._noise * self._rng.uniform(-1, 1))
+            controller.start(self.now, Work.of(batch))
+        seconds = self._seconds(Work.of(batch)) * (1 + self._noise * self._rng.uniform(-1, 1))
         self.steps.append((demand.decoding, batch.num_tokens, seconds))
         self.now += seconds
+        if controller is not None:
+            controller.end(self.now)
         scheduler.advance(batch)
         self.finished += scheduler.commit(batch, [[7] if item.samples else [] for item in batch.requests])
         for item in batch.requests:
@@ -62,6 +74,12 @@ class Clock:
                 self.first_token.setdefault(item.request, self.now)
         if controller is not None and not scheduler.has_work:
             controller.rest()
+
+    def _seconds(self, work: Work) -> float:
+        seconds = FIXED + EACH * (work.decode_tokens + work.prompt_tokens)
+        if self._bent and work.prompt_tokens:
+            seconds += MIXED + PAIR * work.prompt_tokens * work.context
+        return seconds
 
     def run(self, *, arrivals: list[tuple[float, int, int]]) -> None:
         """Requests (when, prompt, output) from the first to the last token."""
@@ -83,14 +101,15 @@ class Clock:
 LOAD = [(0.0, 64, 800)] * 8 + [(0.2 + 0.4 * i, 3000, 50) for i in range(12)]
 
 
+@pytest.mark.parametrize("bent", [False, True])
 @pytest.mark.parametrize("noise", [0.0, 0.1])
 @pytest.mark.parametrize("target", [0.02, 0.05, 0.12])
-def test_steps_stay_within_the_target_and_use_it(target: float, noise: float) -> None:
-    free, bound = Clock(None, noise=noise), Clock(LatencyController(2048, target), noise=noise)
+def test_steps_stay_within_the_target_and_use_it(target: float, noise: float, bent: bool) -> None:
+    free, bound = Clock(None, noise=noise, bent=bent), Clock(LatencyController(2048, target), noise=noise, bent=bent)
     for clock in (free, bound):
         clock.run(arrivals=LOAD)
         clock.scheduler.check_integrity()
-    assert max(free.shared_steps()) > 0.16
+    assert max(seconds for decoding, _, seconds in free.steps if decoding) > 0.16
     with_prompts = [(tokens, seconds) for decoding, tokens, seconds in bound.steps[60:] if decoding and tokens > 32]
     late = [seconds for _, seconds in with_prompts if seconds > target]
     assert len(late) <= (0 if noise == 0 else 0.15 * len(with_prompts))
@@ -135,10 +154,11 @@ def test_the_same_times_lead_to_the_same_budgets() -> None:
     def budgets() -> list[int]:
         rng, controller, now, chosen = random.Random(3), LatencyController(1024, 0.03, 0.4), 0.0, []
         for _ in range(300):
-            tokens = rng.randrange(1, 900)
-            controller.start(now, tokens)
-            now += (0.005 + 0.00004 * tokens) * rng.uniform(0.9, 1.1)
-            chosen.append(controller.choose(Demand(rng.randrange(32), rng.randrange(2000), rng.random())))
+            work = Work(rng.randrange(1, 30), rng.randrange(900), rng.randrange(2000))
+            controller.start(now, work)
+            now += (0.005 + 0.00004 * (work.decode_tokens + work.prompt_tokens)) * rng.uniform(0.9, 1.1)
+            demand = Demand(rng.randrange(32), rng.randrange(2000), rng.randrange(500), rng.random())
+            chosen.append(controller.choose(demand, rng.randrange(40)))
         return chosen
 
     assert budgets() == budgets() and len(set(budgets())) > 20
@@ -147,15 +167,53 @@ def test_the_same_times_lead_to_the_same_budgets() -> None:
 def test_what_was_no_step_is_not_counted() -> None:
     controller = LatencyController(2048, 0.05)
     for number in range(50):
-        controller.start(number * 0.02, 100 + number % 7)
-    expected = controller.costs()
-    controller.start(1.0, 100)
-    controller.start(61.0, 100)  # a pause of a minute
-    assert controller.costs()[0] + 100 * controller.costs()[1] < 2 * (expected[0] + 100 * expected[1])
+        controller.start(number * 0.02, Work(100 + number % 7))
+    expected = controller.decode_seconds(100)
+    controller.start(1.0, Work(100))
+    controller.start(61.0, Work(100))  # a pause of a minute
+    assert controller.decode_seconds(100) < 2 * expected
     controller.rest()
-    known = controller.costs()
-    controller.start(500.0, 100)
-    assert controller.costs() == known
+    known = controller.decode_seconds(100)
+    controller.start(500.0, Work(100))
+    assert controller.decode_seconds(100) == known
+
+
+def test_a_prefix_from_the_cache_makes_a_chunk_smaller() -> None:
+    """What a token costs behind a long text is known from other prompts, before its first chunk."""
+    clock = Clock(LatencyController(2048, 0.05), bent=True)
+    clock.run(arrivals=LOAD)
+    controller = clock._controller
+    assert controller is not None
+    near, far = (controller.choose(Demand(8, 400, context)) - 8 for context in (0, 2600))
+    assert far < 0.7 * near
+    assert controller.decode_seconds(8) + controller.chunk_seconds(far, 2600 + far / 2) <= 0.9 * 0.05 + 1e-9
+
+
+def test_drafts_get_what_the_target_leaves_them() -> None:
+    controller = LatencyController(2048, 0.03)
+    assert controller.most_decode_tokens(Demand(4)) == 2048, "until something is known"
+    for tokens in (4, 16, 32) * 20:
+        controller.observe(Work(tokens), 0.010 + 0.0005 * tokens)
+    assert controller.most_decode_tokens(Demand(4)) == 33  # 27 ms
+    assert controller.most_decode_tokens(Demand(4, 100)) == 6  # half of that
+    assert controller.most_decode_tokens(Demand(20, 100)) == 20, "no fewer than there are"
+    assert controller.most_decode_tokens(Demand(0, 100)) == 2048
+
+
+def test_lines() -> None:
+    line = Line(1.0)
+    assert line.fit() == (0.0, 0.0) and line.weight == 0
+    line.add(5, 3)
+    assert line.fit() == (3, 0), "one point tells no slope"
+    line.add(10, 4)
+    assert line.fit() == pytest.approx((2, 0.2))
+    line.add(20, 0, weight=3)
+    assert line.fit() == pytest.approx((7 / 5, 0)), "it does not fall"
+    steep = Line(0.5)
+    for x, y in ((10, 1), (20, 12), (30, 23)):
+        steep.add(x, y)
+    height, slope = steep.fit()
+    assert height == 0 and 0.6 < slope < 0.8, "it does not begin below 0"
 
 
 def test_trees_shrink_to_the_budget() -> None:
