@@ -9,13 +9,16 @@ and what is printed are medians over the rounds, with ratios to the first settin
     python -m benchmarks.latency_targets --target none 60 -- --speculative-algorithm NEXTN --no-speculative-adaptive
 
 ITL is the time between two chunks of a stream, TTFT that from a long prompt's arrival to its first token. Flags after
-`--` go to every server. The last line of standard output is one JSON object.
+`--` go to every server. On a machine that other programs use too, `--processor-time` measures the engine alone, in this
+process and on the clock of its own processor time, which its controller goes by as well. The last line of standard
+output is one JSON object.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import platform
@@ -38,6 +41,11 @@ from benchmarks.serving import own_server
 from benchmarks.serving_client import Call, Record, Target, send
 from benchmarks.serving_prompts import PromptMaker, arrivals, find_vocab_size
 from benchmarks.serving_report import percentile
+from dsengine import LLM, SamplingParams
+from dsengine.cli_flags import Parser, add_config_flags, given_fields
+from dsengine.config import EngineConfig
+from dsengine.engine.core import EngineCore
+from dsengine.engine.messages import AddRequest, RequestUpdate
 
 _NONE = "none"
 _FIRST_LEN = 8  # tokens of the answer to a long prompt
@@ -85,6 +93,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--seconds", type=float, default=30.0, metavar="X", help="length of a run [30]")
     add("--warm-up", type=float, default=6.0, metavar="X", help="seconds of the same load before it [6]")
     add("--rounds", type=int, default=3, metavar="N", help="servers started for each setting [3]")
+    add("--processor-time", action="store_true", help="no server: the engine on the clock of its processor time (CPU)")
     add("--seed", type=int, default=0, help="of the prompts and the arrivals [0]")
     args = parser.parse_args(words[:split])
     args.server_flags = words[split + 1 :]
@@ -117,32 +126,49 @@ class Run:
 
 
 class Load:
-    """The requests of one run, alike for alike seeds."""
+    """The requests of one run, alike for alike seeds.
 
-    def __init__(self, args: argparse.Namespace, url: str, seconds: float, seed: int) -> None:
-        model = httpx.get(url + "/v1/models", timeout=30.0).raise_for_status().json()["data"][0]["id"]
-        vocab_size = find_vocab_size(url, None)
-        self._target = Target(url, model, "completions", args.stream_len, True, {"temperature": 0.0})
-        self._seconds = seconds
-        self._streams = [PromptMaker(24, 0, 1, vocab_size, 1.0, seed=seed + 1 + i) for i in range(args.streams)]
+    Attributes:
+        streams: what makes the prompts of each client that streams.
+        prompts: the long ones.
+    """
+
+    def __init__(self, args: argparse.Namespace, vocab_size: int | None, seconds: float, seed: int) -> None:
+        self.seconds = seconds
+        self.streams = [PromptMaker(24, 0, 1, vocab_size, 1.0, seed=seed + 1 + i) for i in range(args.streams)]
         count = max(1, round(args.prompt_rate * seconds))
         maker = PromptMaker(args.prompt_len, 0, 1, vocab_size, 1.0, seed=seed)
         due = arrivals(count, args.prompt_rate, seed)
         # Drawn arrivals are stretched, so that every seed asks for the same work in the same time.
-        self._prompts = [Call(maker.make(), at * (seconds - 1) / due[-1]) for at in due]
+        self.prompts = [Call(maker.make(), at * (seconds - 1) / due[-1]) for at in due]
 
-    async def run(self) -> tuple[list[Record], list[Record]]:
-        """(records of the streams, records of the long prompts)."""
+
+class ServerUnderLoad:
+    """Clients of a server."""
+
+    def __init__(self, args: argparse.Namespace, url: str) -> None:
+        model = httpx.get(url + "/v1/models", timeout=30.0).raise_for_status().json()["data"][0]["id"]
+        self.vocab_size = find_vocab_size(url, None)
+        self._url = url
+        self._target = Target(url, model, "completions", args.stream_len, True, {"temperature": 0.0})
+
+    def run(self, load: Load) -> Run:
+        steps, began = engine_steps(self._url), time.perf_counter()
+        streams, prompts = asyncio.run(self._send_all(load))
+        seconds = time.perf_counter() - began
+        return Run(streams, prompts, seconds, engine_steps(self._url) - steps)
+
+    async def _send_all(self, load: Load) -> tuple[list[Record], list[Record]]:
         async with self._target.http() as http:
             epoch = time.perf_counter()
-            streams = [self._stream(http, maker, epoch) for maker in self._streams]
-            prompts = [self._prompt(http, call, epoch) for call in self._prompts]
+            streams = [self._stream(http, maker, load.seconds, epoch) for maker in load.streams]
+            prompts = [self._prompt(http, call, epoch) for call in load.prompts]
             *answers, last = await asyncio.gather(*streams, asyncio.gather(*prompts))
         return [record for records in answers for record in records], list(last)
 
-    async def _stream(self, http: httpx.AsyncClient, maker: PromptMaker, epoch: float) -> list[Record]:
+    async def _stream(self, http: httpx.AsyncClient, maker: PromptMaker, seconds: float, epoch: float) -> list[Record]:
         records = []
-        while time.perf_counter() - epoch < self._seconds:
+        while time.perf_counter() - epoch < seconds:
             records.append(await send(http, self._target, Call(maker.make()), epoch))
         return records
 
@@ -151,20 +177,80 @@ class Load:
         return await send(http, replace(self._target, output_len=_FIRST_LEN), call, epoch)
 
 
+class EngineUnderLoad:
+    """The engine alone, on a clock that stands still while other programs have the processor."""
+
+    def __init__(self, args: argparse.Namespace, llm: LLM) -> None:
+        core = llm.core
+        assert isinstance(core, EngineCore)
+        self.vocab_size = core.info.vocab_size
+        self._core = core
+        self._stream_len = args.stream_len
+        self._open: dict[str, tuple[Record, PromptMaker | None]] = {}
+        self._num_sent = 0
+
+    def run(self, load: Load) -> Run:
+        streams: list[Record] = []
+        prompts: list[Record] = []
+        due = list(load.prompts)
+        idle, steps, epoch = list(load.streams), self._core.num_steps, time.thread_time()
+        while due or idle or self._open:
+            now = time.thread_time() - epoch
+            while idle and now < load.seconds:
+                maker = idle.pop()
+                streams.append(self._send(Call(maker.make(), now), self._stream_len, maker))
+            idle = idle if now < load.seconds else []
+            while due and (due[0].arrival <= now or not self._open):
+                prompts.append(self._send(due.pop(0), _FIRST_LEN, None))
+            updates = self._core.step(now).updates
+            done = [self._note(update, time.thread_time() - epoch) for update in updates]
+            idle += [maker for maker in done if maker is not None]
+        return Run(streams, prompts, time.thread_time() - epoch, self._core.num_steps - steps)
+
+    def _send(self, call: Call, output_len: int, maker: PromptMaker | None) -> Record:
+        assert isinstance(call.prompt, list)
+        self._num_sent += 1
+        name, params = str(self._num_sent), SamplingParams(temperature=0, max_tokens=output_len, ignore_eos=True)
+        self._core.add_request(AddRequest(name, call.prompt, params), call.arrival)
+        record = Record(call.arrival, prompt_tokens=len(call.prompt))
+        self._open[name] = record, maker
+        return record
+
+    def _note(self, update: RequestUpdate, now: float) -> PromptMaker | None:
+        """Enters an update; whoever waited for the end of this answer comes back."""
+        record, maker = self._open[update.request_id]
+        record.error = update.error
+        if update.new_token_ids:
+            record.chunk_times.append(now)
+            record.output_tokens += len(update.new_token_ids)
+        if update.finish_reason is None:
+            return None
+        record.end = now
+        del self._open[update.request_id]
+        return maker
+
+
 def run_once(args: argparse.Namespace, setting: Setting, number: int) -> Run:
-    """Start a server, warm it up, load it."""
+    """Start a server or an engine, warm it up, load it."""
     flags = [*args.server_flags, *setting.flags]
-    with own_server(argparse.Namespace(model=args.model, server_flags=flags)) as url:
-        asyncio.run(Load(args, url, args.warm_up, args.seed + 7919).run())
-        load, steps = Load(args, url, args.seconds, args.seed + 104_729 * (number + 1)), engine_steps(url)
-        began = time.perf_counter()
-        streams, prompts = asyncio.run(load.run())
-        seconds = time.perf_counter() - began
-        steps = engine_steps(url) - steps
-    failed = [record.error for record in (*streams, *prompts) if record.error is not None]
+    under_load: ServerUnderLoad | EngineUnderLoad
+    with contextlib.ExitStack() as stack:
+        if args.processor_time:
+            parser = Parser(prog="latency_targets.py ... --")
+            add_config_flags(parser, EngineConfig, "engine", skip={"model"})
+            options = given_fields(parser.parse_args(flags), EngineConfig) | {"device": "cpu", "num_threads": 1}
+            llm = stack.enter_context(LLM(args.model, progress=False, **options))
+            under_load = EngineUnderLoad(args, llm)
+        else:
+            url = stack.enter_context(own_server(argparse.Namespace(model=args.model, server_flags=flags)))
+            under_load = ServerUnderLoad(args, url)
+        under_load.run(Load(args, under_load.vocab_size, args.warm_up, args.seed + 7919))
+        seed = args.seed + 104_729 * (number + 1)
+        run = under_load.run(Load(args, under_load.vocab_size, args.seconds, seed))
+    failed = [record.error for record in (*run.streams, *run.prompts) if record.error is not None]
     if failed:
         raise SystemExit(f"latency_targets.py: {len(failed)} requests failed, the first with {failed[0]}")
-    return Run(streams, prompts, seconds, steps)
+    return run
 
 
 def engine_steps(url: str) -> int:
@@ -176,6 +262,7 @@ def figures(run: Run, setting: Setting) -> dict[str, float]:
     """Of one run, times in milliseconds."""
     gaps, firsts = run.gaps, [record.ttft for record in run.prompts]
     late = [gap for gap in gaps if setting.itl is not None and gap * 1000 > setting.itl]
+    chunks = sum(len(record.chunk_times) for record in run.streams)
     shares = {f"itl_p{p}": 1000 * percentile(gaps, p) for p in (50, 90, 99)}
     shares |= {f"ttft_p{p}": 1000 * percentile(firsts, p) for p in (50, 99)}
     return shares | {
@@ -183,6 +270,7 @@ def figures(run: Run, setting: Setting) -> dict[str, float]:
         "late": len(late) / len(gaps),
         "stream_tokens_per_s": sum(record.output_tokens for record in run.streams) / run.seconds,
         "prompt_tokens_per_s": sum(record.prompt_tokens for record in run.prompts) / run.seconds,
+        "tokens_per_chunk": sum(record.output_tokens for record in run.streams) / chunks,
         "ms_per_step": 1000 * run.seconds / run.steps,
     }
 
@@ -200,7 +288,7 @@ def summarize(args: argparse.Namespace, rounds: list[dict[str, Run]]) -> list[di
             for name in compared
         }
         spread = [round(min(row["itl_p99"] for row in own), 1), round(max(row["itl_p99"] for row in own), 1)]
-        late = medians.pop("late") if setting.itl is not None else medians.pop("late") and None
+        late = None if setting.itl is None else medians["late"]
         results.append({"target": setting.name, **medians, "late": late, "itl_p99_range": spread, "ratios": ratios})
     return results
 
@@ -210,7 +298,18 @@ def print_results(args: argparse.Namespace, results: list[dict[str, Any]]) -> No
         f"{args.streams} streams, {args.prompt_rate} prompts/s of {args.prompt_len} tokens; medians of {args.rounds} "
         f"rounds, ratios to {results[0]['target']}"
     )
-    columns = ("target, ms", "ITL p50", "p90", "p99", "max", "beyond it", "TTFT p50", "p99", "stream tokens/s")
+    columns = (
+        "target, ms",
+        "ITL p50",
+        "p90",
+        "p99",
+        "max",
+        "beyond it",
+        "TTFT p50",
+        "p99",
+        "streams' tokens/s",
+        "tokens a chunk",
+    )
     table = Table(*columns, title=title)
     for row in results:
         ratios = row["ratios"]
@@ -224,6 +323,7 @@ def print_results(args: argparse.Namespace, results: list[dict[str, Any]]) -> No
             f"{row['ttft_p50']:.0f} ({ratios['ttft_p50']:.2f})",
             f"{row['ttft_p99']:.0f}",
             f"{row['stream_tokens_per_s']:.1f} ({ratios['stream_tokens_per_s']:.2f})",
+            f"{row['tokens_per_chunk']:.2f}",
         )
     Console(width=140).print(table)
 
@@ -235,7 +335,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         rounds.append({setting.name: run_once(args, setting, number) for setting in args.settings})
     results = summarize(args, rounds)
     print_results(args, results)
-    names = ("streams", "stream_len", "prompt_len", "prompt_rate", "seconds", "rounds", "seed", "server_flags")
+    names = (
+        "streams",
+        "stream_len",
+        "prompt_len",
+        "prompt_rate",
+        "seconds",
+        "rounds",
+        "seed",
+        "processor_time",
+        "server_flags",
+    )
     settings = {name: getattr(args, name) for name in names}
     machine = f"{platform.machine()}, {os.cpu_count()} CPUs"
     print(json.dumps({"benchmark": "latency_targets", **settings, "machine": machine, "results": results}))

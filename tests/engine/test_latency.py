@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_engine import GREEDY, random_prompts, tokens, write_tiny_checkpoint
+from simulated_device import SimulatedDevice
+from tiny_engine import GREEDY, core_of, random_prompts, tokens, use_queue, write_tiny_checkpoint
 
 from dsengine import LLM
 from dsengine.config import EngineConfig
@@ -192,8 +193,8 @@ def test_a_prefix_from_the_cache_makes_a_chunk_smaller() -> None:
 def test_drafts_get_what_the_target_leaves_them() -> None:
     controller = LatencyController(2048, 0.03)
     assert controller.most_decode_tokens(Demand(4)) == 2048, "until something is known"
-    for tokens in (4, 16, 32) * 20:
-        controller.observe(Work(tokens), 0.010 + 0.0005 * tokens)
+    for count in (4, 16, 32) * 20:
+        controller.observe(Work(count), 0.010 + 0.0005 * count)
     assert controller.most_decode_tokens(Demand(4)) == 33  # 27 ms
     assert controller.most_decode_tokens(Demand(4, 100)) == 6  # half of that
     assert controller.most_decode_tokens(Demand(20, 100)) == 20, "no fewer than there are"
@@ -259,3 +260,39 @@ def test_targets_change_no_token(tmp_path: Path, others: dict[str, Any]) -> None
                 seen[update.request_id] += update.new_token_ids
         assert list(seen.values()) == expected
         assert min(budgets) < 2048
+
+
+def test_chains_grow_as_long_as_the_target_allows(tmp_path: Path) -> None:
+    checkpoint, prompts = write_tiny_checkpoint(tmp_path), random_prompts(4, seed=4)
+    params = SamplingParams(temperature=0.0, max_tokens=60, ignore_eos=True)
+    nextn = {"speculative_algorithm": "NEXTN", "speculative_adaptive": False, "speculative_num_steps": 5}
+    options: dict[str, Any] = {"progress": False, "device": "cpu", "num_threads": 1, "max_total_tokens": 2048, **nextn}
+    with LLM(str(checkpoint), target_itl_ms=16, **options) as llm:
+        core, now, before, shapes = core_of(llm), 0.0, 0, dict[str, int]()
+        for number, prompt in enumerate(prompts):
+            core.add_request(AddRequest(str(number), prompt, params), now)
+        while core.has_work:
+            stats = core.step(now).stats.speculation
+            assert stats is not None
+            # 2 ms of a step, and 1 ms of each token: 12 of them fit into 0.9 · 16 ms, three for each request.
+            now += 0.002 + 0.001 * (4 + stats.num_drafts - before)
+            before, shapes = stats.num_drafts, stats.steps
+        assert shapes["2/1/3"] > 0.8 * sum(shapes.values()) - 3
+
+
+def test_an_overlapped_step_is_given_its_own_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint, device, seen = write_tiny_checkpoint(tmp_path), SimulatedDevice(), list[tuple[Work, float]]()
+    monkeypatch.setattr(LatencyController, "observe", lambda self, work, seconds: seen.append((work, seconds)))
+    options: dict[str, Any] = {"progress": False, "chunked_prefill_size": 24, "target_itl_ms": 50}
+    with use_queue(LLM(str(checkpoint), **options), checkpoint, device) as llm:
+        core, now = core_of(llm), 0.0
+        for number, prompt in enumerate(random_prompts(6, seed=4)):
+            core.add_request(AddRequest(str(number), prompt, GREEDY), now)
+        while core.has_work:
+            waited = core._under_way
+            core.step(now)
+            now += 0.001 * waited.batch.num_tokens if waited is not None else 0.0
+    device.close()
+    assert len(seen) > 10 and len({work.prompt_tokens for work, _ in seen}) > 3
+    for work, seconds in seen:
+        assert seconds == pytest.approx(0.001 * (work.decode_tokens + work.prompt_tokens))
