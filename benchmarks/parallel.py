@@ -43,6 +43,8 @@ from dsengine.plan.traffic import StepTraffic, step_traffic
 LAYOUTS = (
     Layout(2, 1, "tp"), Layout(2, 1, "ep"), Layout(4, 1, "tp"), Layout(4, 1, "ep"),
     Layout(1, 2, "ep"), Layout(2, 2, "ep"), Layout(1, 4, "ep"),
+    Layout(1, 2, "ep", 0, True, True), Layout(2, 2, "ep", 0, True, False), Layout(2, 2, "ep", 0, False, True),
+    Layout(2, 2, "ep", 0, True, True), Layout(1, 4, "ep", 0, True, True),
 )  # fmt: skip
 HUB_CONFIG: dict[str, Any] = DEEPSEEK_V3 | {
     "vocab_size": 4096, "hidden_size": 512, "intermediate_size": 1024, "moe_intermediate_size": 512,
@@ -69,7 +71,7 @@ def work(rank: int, folder: Path) -> None:
         weight_format="fp8",
         activation_format="float",
         kernels=select_kernels(CPU),
-        layout=world.layout(experts_whole=case["experts_whole"]),
+        layout=world.layout(**case["layout"]),
     )
     found = run_steps(world, model, case["requests"])
     (folder / f"rank{rank}.json").write_text(json.dumps(found | {"weight_bytes": held_bytes(model)}))
@@ -90,7 +92,7 @@ def run_steps(world: World, model: DeepseekModel, requests: int) -> dict[str, An
     for _ in range(STEPS):
         before, began = count_sent(world), time.perf_counter()
         with torch.inference_mode():
-            model.compute_logits(model.forward(batch, caches))
+            model.compute_logits(model.forward(batch, caches), batch.rank_tokens)
         times.append(time.perf_counter() - began)
         sent = count_sent(world) - before
     return {"sent": sent, "step_s": statistics.median(times)}
@@ -125,7 +127,11 @@ def run_layout(folder: Path, checkpoint: Path, layout: Layout, requests: int) ->
     folder.mkdir()
     (folder / "case.json").write_text(json.dumps({
         "checkpoint": str(checkpoint), "size": layout.world, "dp_size": layout.attn_dp,
-        "experts_whole": layout.experts == "ep", "requests": requests,
+        "layout": {
+            "experts_whole": layout.experts == "ep",
+            "dense_over_world": layout.dense_over_world, "lm_head_over_world": layout.lm_head_over_world,
+        },
+        "requests": requests,
     }))  # fmt: skip
     command = [sys.executable, "-m", "benchmarks.parallel", "--folder", str(folder), "--rank"]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -197,7 +203,7 @@ def main() -> None:
         "cache tokens",
         "gloo step",
     )
-    print("".join(f"{heading:>13}" for heading in headings))
+    print(f"{headings[0]:>24}" + "".join(f"{heading:>13}" for heading in headings[1:]))
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         config = write_random_checkpoint(folder / "model", HUB_CONFIG)
@@ -207,7 +213,7 @@ def main() -> None:
             row = compare(model, layout, found, args.requests)
             rows.append(row)
             print(
-                f"{row['layout']:>13}{max(row['sent_per_step']):13,}{row['planned_per_step']:13,}"
+                f"{row['layout']:>24}{max(row['sent_per_step']):13,}{row['planned_per_step']:13,}"
                 f"{row['planned_per_moe_layer']:13,}{row['planned_per_dense_layer']:13,}{row['weight_bytes']:13,}"
                 f"{row['planned_weight_bytes']:13,}{row['cache_tokens']:13,}{row['gloo_step_ms']:10.0f} ms",
                 flush=True,

@@ -233,7 +233,16 @@ _ADD_FLAGS = {
     "convert": _add_convert_flags,
 }
 # A plan starts no engine: these of its fields are flags of `plan`, all are flags of the other commands.
-_PLAN_FIELDS = frozenset({"revision", "chunked_prefill_size", "kv_cache_dtype", "max_running_requests"})
+_PLAN_FIELDS = frozenset(
+    {
+        "revision",
+        "chunked_prefill_size",
+        "kv_cache_dtype",
+        "max_running_requests",
+        "dense_parallel",
+        "lm_head_parallel",
+    }
+)
 
 
 def _serve(args: argparse.Namespace) -> int:

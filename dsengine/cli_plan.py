@@ -38,6 +38,8 @@ def run_plan(args: argparse.Namespace) -> int:
         block_size=config.block_size_on("cuda"),
         chunk_tokens=config.chunked_prefill_size,
         is_fp8_cache=config.kv_cache_dtype == "fp8_e4m3",
+        dense_over_world=config.dense_parallel == "world",
+        lm_head_over_world=config.lm_head_parallel == "world",
     )
     plan = make_plan(model, question)
     if args.json:

@@ -92,6 +92,9 @@ def run_simulation(args: argparse.Namespace, config: EngineConfig, model: Planne
     from dsengine.simulate.simulation import MOST_GROUPS, Cluster, find_layout, simulate, usual_layouts
 
     given = vars(args)
+    for name in ("dense_parallel", "lm_head_parallel"):
+        if getattr(config, name) == "world":
+            raise UsageError(f"--{name.replace('_', '-')} is world, which --simulate does not know; leave it out")
     if given.get("sampled_groups", 1) < 1:
         raise UsageError(f"--sampled-groups is {args.sampled_groups}; it must be at least 1")
     cluster = Cluster(

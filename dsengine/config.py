@@ -21,6 +21,7 @@ SelfTest = Literal["auto", "on", "off"]
 CacheDType = Literal["auto", "bfloat16", "fp8_e4m3"]
 ChecksumMode = Literal["auto", "on", "off"]
 MoeExchange = Literal["gather", "all_to_all", "deepep", "deepep_normal"]
+Share = Literal["attention", "world"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 LogFormat = Literal["text", "json"]
 EngineFailurePolicy = Literal["restart", "exit"]
@@ -67,6 +68,20 @@ class ParallelConfig:
         "Ranks that hold whole experts: as many as --tp-size, or 1 to give each rank a slice of every expert.",
         "--expert-parallel-size",
     )
+    dense_parallel: Share = _option(
+        "attention",
+        "Who shares the layers without experts: the ranks of each attention group, or the world, all ranks, each of "
+        "which then holds less and gets the tokens of all groups.",
+    )
+    moe_dense_tp_size: int | None = _option(
+        None, "Another way to say --dense-parallel: as many as --tp-size (world), or as a group has (attention)."
+    )
+    lm_head_parallel: Share = _option(
+        "attention", "Who shares the lm_head: the ranks of each attention group, or the world, all ranks."
+    )
+    enable_dp_lm_head: bool = _option(
+        False, "Another way to say --lm-head-parallel attention; of no use with world, and refused."
+    )
     moe_exchange: MoeExchange = _option(
         "gather",
         "How tokens come to experts on other ranks: gather brings all to all ranks, all_to_all each to the ranks that "
@@ -109,10 +124,33 @@ class ParallelConfig:
             )
         if self.ep_size not in (1, self.tp_size):
             raise ValueError(f"ep_size is {self.ep_size}; it must be 1, or tp_size, which is {self.tp_size}")
+        self._check_shares()
         self._check_experts()
         if self.dist_timeout < 1:
             raise ValueError(f"dist_timeout is {self.dist_timeout}; it must be at least 1 second")
         self._check_nodes()
+
+    def _check_shares(self) -> None:
+        _require_choice(self, "dense_parallel", Share.__args__)  # type: ignore[attr-defined]
+        _require_choice(self, "lm_head_parallel", Share.__args__)  # type: ignore[attr-defined]
+        if self.enable_dp_lm_head and self.lm_head_parallel == "world":
+            raise ValueError("enable_dp_lm_head keeps the lm_head within groups, but lm_head_parallel is world")
+        if self.moe_dense_tp_size is None:
+            return
+        group = self.tp_size // self.attn_dp_size
+        if self.moe_dense_tp_size not in (group, self.tp_size):
+            raise ValueError(
+                f"moe_dense_tp_size is {self.moe_dense_tp_size}; it must be tp_size, which is {self.tp_size}, or the "
+                f"ranks of an attention group, which are {group}"
+            )
+        meant = "attention" if self.moe_dense_tp_size == group else "world"
+        if self.dense_parallel == "world" and meant == "attention" and self.attn_dp_size > 1:
+            raise ValueError(
+                f"moe_dense_tp_size is {self.moe_dense_tp_size}, the ranks of an attention group, but dense_parallel "
+                "is world; give one of them"
+            )
+        if self.dense_parallel == "attention":
+            object.__setattr__(self, "dense_parallel", meant)
 
     def _check_experts(self) -> None:
         _require_choice(self, "moe_exchange", MoeExchange.__args__)  # type: ignore[attr-defined]

@@ -64,8 +64,16 @@ class Drafter(Protocol):
         ...
 
 
-Meet = Callable[[int], tuple[int, ...] | None]
-"""Gives the tokens that every attention group has in the next pass, told this one's; None: there is one group."""
+@dataclass(frozen=True)
+class PassCounts:
+    """Of one pass of the drafter, by attention group: its tokens, and how many of them have their logits computed."""
+
+    tokens: tuple[int, ...]
+    logits: tuple[int, ...]
+
+
+Meet = Callable[[int, int], PassCounts | None]
+"""Gives what every attention group has in the next pass, told this one's tokens and logits; None: there is one."""
 
 
 class NextNDrafter:
@@ -90,7 +98,7 @@ class NextNDrafter:
         kv_cache: Tensor,
         num_rows: int,
         num_valid_tokens: int,
-        meet: Meet = lambda num_tokens: None,
+        meet: Meet = lambda num_tokens, num_logits: None,
     ) -> None:
         if model.nextn is None:
             raise ValueError(
@@ -143,24 +151,25 @@ class NextNDrafter:
         return grower.select(shape.num_nodes)
 
     def _grow(self, grower: Grower, targets: DraftTargets, shape: TreeShape, passes: _Passes) -> None:
-        hidden = self._run(self._hidden[targets.rows][:, None], targets.roots[:, None], passes.roots())
+        batch = passes.roots()
+        hidden = self._run(self._hidden[targets.rows][:, None], targets.roots[:, None], batch)
+        grower.expand(self._log_probs(hidden, batch))
         if shape.topk == 1:
             # All earlier nodes are seen, so that only the newest is run.
-            grower.expand(self._log_probs(hidden))
             for depth in range(1, shape.max_depth):
                 newest = grower.tree.tokens[:, -1:]
-                hidden = self._run(hidden, newest, passes.batch(depth - 1, torch.full_like(newest, depth), None))
-                grower.expand(self._log_probs(hidden))
+                batch = passes.batch(depth - 1, torch.full_like(newest, depth), None, 1)
+                hidden = self._run(hidden, newest, batch)
+                grower.expand(self._log_probs(hidden, batch))
             return
         generation = _Generation.first(hidden)
-        grower.expand(self._log_probs(generation.outputs))
         for _ in range(1, shape.steps):
             if not grower.frontier.shape[1]:
                 break
             generation = generation.descend(grower)
-            batch = passes.batch(0, generation.depths, generation.mask)
+            batch = passes.batch(0, generation.depths, generation.mask, generation.frontier.shape[1])
             generation = generation.with_outputs(self._run(generation.inputs, generation.tokens, batch))
-            grower.expand(self._log_probs(generation.outputs))
+            grower.expand(self._log_probs(generation.outputs, batch))
 
     def _run(self, hidden: Tensor, tokens: Tensor, batch: ForwardBatch) -> Tensor:
         """Pass nodes [B, E] through the layer, given the output [B, E, hidden_size] at their parents."""
@@ -168,7 +177,7 @@ class NextNDrafter:
 
     def wait_for_others(self) -> None:
         """Take part in the passes of attention groups that still draft, with no tokens."""
-        while (rank_tokens := self._meet(0)) is not None and any(rank_tokens):
+        while (counts := self._meet(0, 0)) is not None and any(counts.tokens):
             nothing = torch.empty(0, dtype=torch.int64, device=self._model.device)
             batch = ForwardBatch(
                 input_ids=nothing,
@@ -182,13 +191,14 @@ class NextNDrafter:
                 query_lens=(),
                 context_lens=(),
                 logits_indices=nothing,
-                rank_tokens=rank_tokens,
+                rank_tokens=counts.tokens,
             )
-            self._nextn.forward(self._hidden[:0], nothing, batch, self._kv_cache)
+            outputs = self._nextn.forward(self._hidden[:0], nothing, batch, self._kv_cache)
+            self._model.compute_logits(outputs, counts.logits)
 
-    def _log_probs(self, outputs: Tensor) -> Tensor:
-        """[B, F, hidden_size] → float32 [B, F, V]."""
-        logits = self._model.compute_logits(outputs.flatten(0, 1)).view(*outputs.shape[:2], -1)
+    def _log_probs(self, outputs: Tensor, batch: ForwardBatch) -> Tensor:
+        """[B, F, hidden_size], the newest outputs of a pass → float32 [B, F, V]."""
+        logits = self._model.compute_logits(outputs.flatten(0, 1), batch.rank_logits).view(*outputs.shape[:2], -1)
         logits[:, :, self._num_valid_tokens :] = -torch.inf
         return logits.log_softmax(-1)
 
@@ -272,17 +282,20 @@ class _Passes:
 
     def roots(self) -> ForwardBatch:
         """The roots, which stand at the layer's last entries and are not stored again."""
-        return self._batch(-1, torch.full_like(self._context, -1), (self._context - 1).clamp(min=0), None)
+        return self._batch(-1, torch.full_like(self._context, -1), (self._context - 1).clamp(min=0), None, 1)
 
-    def batch(self, first: int, depths: Tensor, mask: Tensor | None) -> ForwardBatch:
-        """Nodes of these depths [B, E], in the slots from `first` on; all of them see the nodes in the slots before."""
+    def batch(self, first: int, depths: Tensor, mask: Tensor | None, newest: int) -> ForwardBatch:
+        """Nodes of these depths [B, E], in the slots from `first` on; all of them see the nodes in the slots before.
+        The logits of the `newest` of each request are computed."""
         # A root has depth 0.
-        return self._batch(first, self._slots[:, first : first + depths.shape[1]], self._context + depths - 1, mask)
+        slots = self._slots[:, first : first + depths.shape[1]]
+        return self._batch(first, slots, self._context + depths - 1, mask, newest)
 
-    def _batch(self, first: int, slots: Tensor, positions: Tensor, mask: Tensor | None) -> ForwardBatch:
+    def _batch(self, first: int, slots: Tensor, positions: Tensor, mask: Tensor | None, newest: int) -> ForwardBatch:
         """Tokens [B, E] whose first one's entry is number `first` after the context."""
         targets = self._targets
         batch, count = slots.shape
+        counts = self._meet(batch * count, batch * newest)
         slots = slots.flatten()
         seqlens = (self._context + (first + count)).masked_fill(self._is_padding, 0)
         return ForwardBatch(
@@ -298,5 +311,6 @@ class _Passes:
             context_lens=tuple(length + first for length in targets.context_lens),
             logits_indices=slots,
             tree_mask=None if mask is None else mask.masked_fill(self._is_padding[:, :, None], False).flatten(0, 1),
-            rank_tokens=self._meet(batch * count),
+            rank_tokens=None if counts is None else counts.tokens,
+            rank_logits=None if counts is None else counts.logits,
         )

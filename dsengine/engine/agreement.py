@@ -17,6 +17,7 @@ from torch import Tensor
 from dsengine.engine.batch import ScheduledBatch
 from dsengine.engine.lock_step import LockStep, Summary, summary
 from dsengine.parallel.groups import World
+from dsengine.specdec.drafter import PassCounts
 from dsengine.specdec.shape import TreeShape
 
 # Steps between two comparisons, where nothing else is exchanged in every step.
@@ -40,8 +41,8 @@ class Agreement(Protocol):
         """The shape of the next step's trees: where there are several groups of ranks, what the one wishes that has
         the most requests to draft for."""
 
-    def passes(self, num_tokens: int) -> tuple[int, ...] | None:
-        """Tokens of every group in the drafter's next pass, None where there is one group only."""
+    def passes(self, num_tokens: int, num_logits: int) -> PassCounts | None:
+        """What every group has in the drafter's next pass, None where there is one group only."""
 
     def blocks(self, fitting: int) -> int:
         """The size of the cache, in blocks: where the least fit."""
@@ -69,7 +70,7 @@ class Alone:
     def tree(self, wish: TreeShape | None, requests: int) -> TreeShape | None:
         return wish
 
-    def passes(self, num_tokens: int) -> tuple[int, ...] | None:
+    def passes(self, num_tokens: int, num_logits: int) -> PassCounts | None:
         return None
 
     def blocks(self, fitting: int) -> int:
@@ -106,11 +107,12 @@ class RankAgreement:
         _, *agreed = max(wishes, key=lambda row: row[0])
         return TreeShape(*agreed) if any(agreed) else None
 
-    def passes(self, num_tokens: int) -> tuple[int, ...] | None:
+    def passes(self, num_tokens: int, num_logits: int) -> PassCounts | None:
         if self._world.dp_size == 1:
             return None
-        counts = [count for [count] in self._world.all_gather_ints([num_tokens])]
-        return tuple(counts[:: self._world.attention.size])
+        tokens, logits = zip(*self._world.all_gather_ints([num_tokens, num_logits]), strict=True)
+        width = self._world.attention.size
+        return PassCounts(tokens[::width], logits[::width])
 
     def blocks(self, fitting: int) -> int:
         return min(blocks for [blocks] in self._world.all_gather_ints([fitting]))

@@ -31,6 +31,21 @@ class ScheduledRequest(msgspec.Struct, frozen=True):
         """Output tokens, the one on its way included, before the token that this chunk samples."""
         return self.start + self.num_tokens - self.num_drafts - self.request.num_prompt_tokens
 
+    @property
+    def num_logits(self) -> int:
+        """Rows of logits from which tokens are drawn: those of the newest token and of the drafts after it."""
+        return 1 + self.num_drafts if self.samples else 0
+
+    @property
+    def is_scored(self) -> bool:
+        """Tokens of the prompt are scored by what this chunk computes, if any are left after it."""
+        return self.request.params.prompt_logprobs is not None and self.start < self.request.num_prompt_tokens
+
+    @property
+    def num_scored(self) -> int:
+        """Tokens of the chunk that score the next token of the prompt, which the prompt's last one does not."""
+        return min(self.num_tokens, self.request.num_prompt_tokens - 1 - self.start) if self.is_scored else 0
+
 
 @dataclass(frozen=True)
 class ScheduledBatch:

@@ -46,6 +46,7 @@ class BatchInputs:
     open_tokens: Int64Array
     open_sources: Int64Array
     rank_tokens: tuple[int, ...] | None = None
+    rank_logits: tuple[int, ...] | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -76,6 +77,7 @@ class BatchInputs:
             context_lens=self.context_lens,
             logits_indices=upload(self.logits_indices, device),
             rank_tokens=self.rank_tokens,
+            rank_logits=self.rank_logits,
         )
 
     def fill_open_tokens(self, input_ids: Tensor, drawn: Tensor | None) -> None:
@@ -93,14 +95,12 @@ def build_inputs(
     logits_indices: Sequence[int],
     block_size: int,
     drawn_rows: Mapping[Request, int],
-    rank_tokens: tuple[int, ...] | None = None,
 ) -> BatchInputs:
     """Flatten scheduled requests, absorbed ones first. The places of drafts stay 0 until a tree fills them.
 
     Args:
         logits_indices: tokens whose logits are wanted.
         drawn_rows: row of each request among the tokens that the previous step draws.
-        rank_tokens: tokens of every attention-DP rank in this pass, where there are several.
     """
     token_ids: list[int] = []
     open_tokens: list[int] = []
@@ -120,7 +120,6 @@ def build_inputs(
         logits_indices=np.array(logits_indices, dtype=np.int64),
         open_tokens=np.array(open_tokens, dtype=np.int64),
         open_sources=np.array(open_sources, dtype=np.int64),
-        rank_tokens=rank_tokens,
     )
 
 

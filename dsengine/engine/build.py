@@ -161,6 +161,8 @@ def _layout(config: EngineConfig, world: World | None) -> Layout | None:
         moe_exchange=config.moe_exchange,
         redundant_experts=config.ep_num_redundant_experts,
         balances_experts=config.enable_eplb,
+        dense_over_world=config.dense_parallel == "world",
+        lm_head_over_world=config.lm_head_parallel == "world",
     )
 
 

@@ -27,7 +27,7 @@ from dsengine.engine.graph_runner import CapturedFunction, GraphBackend, GraphRu
 from dsengine.engine.kept_paths import move_kept, new_entries
 from dsengine.memory.kv_cache import KVCachePool
 from dsengine.model.transfer import upload
-from dsengine.specdec.drafter import DraftTargets, NextNDrafter
+from dsengine.specdec.drafter import DraftTargets, NextNDrafter, PassCounts
 from dsengine.specdec.drawn_tree import DrawSource, num_expanded, rows_of_expanded
 from dsengine.specdec.shape import TreeShape
 from dsengine.specdec.tree import DrawnFrom, TokenTree
@@ -151,8 +151,10 @@ class DraftGraphs:
         if place.drawn is not None and grown.drawn is not None:
             place.drawn.probs.copy_(grown.drawn.probs)
 
-    def _meet(self, num_tokens: int) -> tuple[int, ...] | None:
-        return (num_tokens,) * self._dp_size if self._dp_size > 1 else None
+    def _meet(self, num_tokens: int, num_logits: int) -> PassCounts | None:
+        if self._dp_size == 1:
+            return None
+        return PassCounts((num_tokens,) * self._dp_size, (num_logits,) * self._dp_size)
 
 
 def _first(trees: TokenTree, count: int) -> TokenTree:

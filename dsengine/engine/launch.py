@@ -6,7 +6,7 @@ has none: there a step is computed while it is launched, unless the tests bring 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -186,19 +186,42 @@ class StepLauncher:
     def _score_prompts(
         self, step: PreparedStep, outputs: StepOutputs
     ) -> tuple[tuple[Request, tuple[TokenScores, ...]], ...]:
-        scores = []
-        for prompt in step.prompts:
-            assert outputs.hidden is not None
-            scores.append((prompt.scheduled.request, self._score(prompt, outputs.hidden[prompt.start : prompt.stop])))
-        return tuple(scores)
+        """Of this group's prompts, end to end and in pieces, as many as the group with most of them has: all groups
+        may have to compute logits together."""
+        counts = None if step.lock_step is None else step.lock_step.rank_scored
+        scores: list[list[TokenScores]] = [[] for _ in step.prompts]
+        hidden = outputs.hidden
+        for first in range(0, step.most_scored, _SCORED_AT_ONCE):
+            assert hidden is not None
+            parts = list(_parts(step.prompts, first))
+            rows = torch.cat([hidden[:0], *(hidden[p.start + a : p.start + b] for p, _, a, b in parts)])
+            rank_rows = None if counts is None else tuple(_clamped(count - first) for count in counts)
+            logits = self.runner.model.compute_logits(rows, rank_rows)
+            done = 0
+            for prompt, number, a, b in parts:
+                scores[number].append(self._score(prompt, a, logits[done : done + b - a]))
+                done += b - a
+        return tuple(
+            (prompt.scheduled.request, tuple(pieces)) for prompt, pieces in zip(step.prompts, scores, strict=True)
+        )
 
-    def _score(self, prompt: PromptRows, hidden: Tensor) -> tuple[TokenScores, ...]:
-        request, first = prompt.scheduled.request, prompt.scheduled.start + 1
-        targets = np.array(request.prompt_token_ids[first : first + len(hidden)], dtype=np.int64)
-        num_top = request.params.prompt_logprobs or 0
-        pieces = []
-        for i in range(0, len(hidden), _SCORED_AT_ONCE):
-            logits = self.runner.model.compute_logits(hidden[i : i + _SCORED_AT_ONCE])
-            wanted = upload(targets[i : i + _SCORED_AT_ONCE], logits.device)
-            pieces.append(self._sampler.score(logits, wanted, num_top))
-        return tuple(pieces)
+    def _score(self, prompt: PromptRows, first: int, logits: Tensor) -> TokenScores:
+        """Of a prompt's rows from `first` on."""
+        request, at = prompt.scheduled.request, prompt.scheduled.start + 1 + first
+        targets = np.array(request.prompt_token_ids[at : at + len(logits)], dtype=np.int64)
+        return self._sampler.score(logits, upload(targets, logits.device), request.params.prompt_logprobs or 0)
+
+
+def _parts(prompts: Sequence[PromptRows], first: int) -> Iterator[tuple[PromptRows, int, int, int]]:
+    """(prompt, its number, from which of its rows on, up to which) of a piece of all rows, end to end."""
+    begin = 0
+    for number, prompt in enumerate(prompts):
+        end = begin + prompt.stop - prompt.start
+        a, b = max(begin, first), min(end, first + _SCORED_AT_ONCE)
+        if a < b:
+            yield prompt, number, a - begin, b - begin
+        begin = end
+
+
+def _clamped(count: int) -> int:
+    return max(0, min(count, _SCORED_AT_ONCE))

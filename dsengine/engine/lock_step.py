@@ -46,6 +46,8 @@ class LockStep:
         rank_tokens: of each group; any may be 0.
         kind: of the steps of all groups that have requests; None: they differ, or one of them is of no kind.
         most_requests: of any group.
+        rank_logits: rows of logits from which each group draws tokens.
+        rank_scored: tokens of prompts that each group scores.
         most_trees: that the drafter grows for any group.
         samples: a request that is drafted for samples, in any group.
     """
@@ -53,6 +55,8 @@ class LockStep:
     rank_tokens: tuple[int, ...]
     kind: StepKind | None
     most_requests: int
+    rank_logits: tuple[int, ...]
+    rank_scored: tuple[int, ...]
     most_trees: int = 0
     samples: bool = False
 
@@ -65,6 +69,8 @@ class LockStep:
             rank_tokens=tuple(group.tokens for group in groups),
             kind=None if code == _UNLIKE else StepKind(code // 2, code % 2 == 1),
             most_requests=max(group.requests for group in groups),
+            rank_logits=tuple(group.logits for group in groups),
+            rank_scored=tuple(group.scored for group in groups),
             most_trees=max(group.trees for group in groups),
             samples=any(group.samples for group in groups),
         )
@@ -75,6 +81,8 @@ class Summary(NamedTuple):
 
     Attributes:
         kind: its number.
+        logits: rows of them from which tokens are drawn.
+        scored: tokens of prompts.
         trees: that the drafter grows.
         samples: 1 where one of their requests does.
     """
@@ -82,6 +90,8 @@ class Summary(NamedTuple):
     tokens: int
     requests: int
     kind: int
+    logits: int
+    scored: int
     trees: int
     samples: int
 
@@ -92,7 +102,15 @@ def summary(batch: ScheduledBatch) -> Summary:
     code = _IDLE if batch.is_empty else _UNLIKE if kind is None else 2 * kind.tokens_per_request + kind.has_branches
     drafted = [] if batch.only_proposals else [s.request for s in batch.requests if s.num_drafts]
     samples = any(request.params.temperature > 0 for request in drafted)
-    return Summary(batch.num_tokens, len(batch.requests), code, len(drafted), int(samples))
+    return Summary(
+        tokens=batch.num_tokens,
+        requests=len(batch.requests),
+        kind=code,
+        logits=sum(s.num_logits for s in batch.requests),
+        scored=sum(s.num_scored for s in batch.requests),
+        trees=len(drafted),
+        samples=int(samples),
+    )
 
 
 def _kind_of(batch: ScheduledBatch) -> StepKind | None:

@@ -90,9 +90,14 @@ def largest_step(
             prompts.append(PromptRows(scheduled, first, first + tokens - 1))
         first += tokens
     inputs = _inputs(chunks, context_length, block_size)
-    if dp_size > 1:
-        inputs = replace(inputs, rank_tokens=(inputs.num_tokens,) * dp_size)
-    return PreparedStep(inputs, tuple(sampled), tuple(prompts))
+    if dp_size == 1:
+        return PreparedStep(inputs, tuple(sampled), tuple(prompts))
+    scored = sum(prompt.stop - prompt.start for prompt in prompts)
+    alike = ((count,) * dp_size for count in (inputs.num_tokens, len(chunks), scored))
+    rank_tokens, rank_logits, rank_scored = alike
+    lock_step = LockStep(rank_tokens, None, len(chunks), rank_logits, rank_scored)
+    inputs = replace(inputs, rank_tokens=rank_tokens, rank_logits=rank_logits)
+    return PreparedStep(inputs, tuple(sampled), tuple(prompts), lock_step=lock_step)
 
 
 def tree_step(launcher: StepLauncher, count: int, tree: TreeShape, context_length: int) -> PreparedStep:

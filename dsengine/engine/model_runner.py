@@ -7,7 +7,7 @@ the next. Batches of decodes alone run as a captured graph where there is one; a
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -56,6 +56,13 @@ class PreparedStep:
     drafts: PreparedDrafts | None = None
     lock_step: LockStep | None = None
 
+    @property
+    def most_scored(self) -> int:
+        """Tokens of prompts that score the next one, in the attention group that has most of them."""
+        if self.lock_step is not None:
+            return max(self.lock_step.rank_scored)
+        return sum(prompt.stop - prompt.start for prompt in self.prompts)
+
 
 class ModelRunner:
     """Owns the model and its KV cache; turns a `ScheduledBatch` into logits.
@@ -95,8 +102,9 @@ class ModelRunner:
         """
         ordered = sorted(batch.requests, key=_part)
         sampled, prompts, logits_indices = _plan_rows(ordered)
-        rank_tokens = None if lock_step is None else lock_step.rank_tokens
-        inputs = build_inputs(ordered, logits_indices, self.pool.block_size, drawn_rows, rank_tokens)
+        inputs = build_inputs(ordered, logits_indices, self.pool.block_size, drawn_rows)
+        if lock_step is not None:
+            inputs = replace(inputs, rank_tokens=lock_step.rank_tokens, rank_logits=lock_step.rank_logits)
         drafts = None
         if self.speculator is not None and (self.speculator.needs_hidden or any(s.num_drafts for s in ordered)):
             drafts = self.speculator.prepare(ordered, batch.tree, only_proposals=batch.only_proposals)
@@ -109,7 +117,7 @@ class ModelRunner:
             drawn: int64 [N], tokens drawn by the previous step, on the device.
             tree: of the step's first requests.
         """
-        needs_hidden = bool(step.prompts) or (self.speculator is not None and self.speculator.needs_hidden)
+        needs_hidden = step.most_scored > 0 or (self.speculator is not None and self.speculator.needs_hidden)
         graphs, num_requests = self._graphs_for(step)
         if graphs is not None:
             logits, *hidden_states = graphs.run(step.inputs, drawn, tree, at_least=num_requests)
@@ -121,7 +129,7 @@ class ModelRunner:
             assert step.drafts is not None and step.drafts.shape is not None
             batch = with_trees(batch, tree, is_chain=step.drafts.shape.topk == 1)
         hidden = self.model.forward(batch, self.pool.layers)
-        logits = self.model.compute_logits(hidden[batch.logits_indices])
+        logits = self.model.compute_logits(hidden[batch.logits_indices], batch.rank_logits)
         return StepOutputs(logits, hidden if needs_hidden else None, batch.positions, batch.slot_mapping)
 
     def _graphs_for(self, step: PreparedStep) -> tuple[GraphRunner | None, int]:
@@ -161,7 +169,7 @@ def decode_function(
 ) -> tuple[Tensor, ...]:
     """What a captured step computes: the logits of all tokens, float32 [T, vocab_size], and their hidden states."""
     hidden = model.forward(batch, pool.layers)
-    logits = model.compute_logits(hidden)
+    logits = model.compute_logits(hidden, batch.rank_tokens)
     return (logits, hidden) if with_hidden else (logits,)
 
 
@@ -173,13 +181,10 @@ def _plan_rows(
     indices: list[int] = []
     first_token = 0
     for scheduled in ordered:
-        request = scheduled.request
-        if request.params.prompt_logprobs is not None and scheduled.start < request.num_prompt_tokens:
-            # The prompt's last position scores no token of the prompt.
-            num_scored = min(scheduled.num_tokens, request.num_prompt_tokens - 1 - scheduled.start)
-            prompts.append(PromptRows(scheduled, first_token, first_token + num_scored))
+        if scheduled.is_scored:
+            prompts.append(PromptRows(scheduled, first_token, first_token + scheduled.num_scored))
         first_token += scheduled.num_tokens
         if scheduled.samples:
             sampled.append(scheduled)
-            indices.extend(range(first_token - 1 - scheduled.num_drafts, first_token))
+            indices.extend(range(first_token - scheduled.num_logits, first_token))
     return sampled, prompts, indices

@@ -183,6 +183,7 @@ def check_ranks(config: EngineConfig, checkpoint: Path) -> None:
         keeps_fp8=keep_fp8,
         moe_exchange=config.moe_exchange,
         redundant_experts=config.ep_num_redundant_experts,
+        dense_over_world=config.dense_parallel == "world",
     )
     if config.moe_exchange in ("deepep", "deepep_normal"):
         check_usable(device, resolve_dtype(config.dtype, device))

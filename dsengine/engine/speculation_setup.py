@@ -17,7 +17,7 @@ from dsengine.memory.kv_cache import KVCachePool
 from dsengine.model.deepseek import DeepseekModel
 from dsengine.plan.hardware import GPUS
 from dsengine.specdec.controller import StepCosts, TreeController
-from dsengine.specdec.drafter import Drafter, NextNDrafter
+from dsengine.specdec.drafter import Drafter, Meet, NextNDrafter
 from dsengine.specdec.drawn_tree import MOST_DRAWS
 from dsengine.specdec.ngram import NGramDrafter
 from dsengine.specdec.shape import TreeShape
@@ -33,7 +33,7 @@ def make_speculator(
     model: DeepseekModel,
     pool: KVCachePool,
     sampler: Sampler,
-    meet: Callable[[int], tuple[int, ...] | None] = lambda num_tokens: None,
+    meet: Meet = lambda num_tokens, num_logits: None,
 ) -> Speculator | None:
     """What drafts (or takes the proposals of grammars) and verifies, None where the flags do not ask for it.
 

@@ -129,14 +129,14 @@ class MeasuredCosts:
     def _run_main(self, text: list[int], tokens: int, cache: Tensor) -> None:
         model = self._model
         batch = self._batch(text, tokens)
-        model.compute_logits(model.forward(batch, [cache] * len(model.layers)))
+        model.compute_logits(model.forward(batch, [cache] * len(model.layers)), batch.rank_tokens)
 
     def _run_draft(self, text: list[int], tokens: int, cache: Tensor) -> None:
         model = self._model
         assert model.nextn is not None
         batch = self._batch(text, tokens)
         hidden = model.embed(batch.input_ids)
-        model.compute_logits(model.nextn.forward(hidden, batch.input_ids, batch, cache))
+        model.compute_logits(model.nextn.forward(hidden, batch.input_ids, batch, cache), batch.rank_tokens)
 
     def _run_catch_up(self, text: list[int], tokens: int, cache: Tensor) -> None:
         model = self._model

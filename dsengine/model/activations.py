@@ -42,3 +42,9 @@ class Activation:
     value: Tensor
     codes: Tensor | None = None
     scale: Tensor | None = None
+
+    def rows(self, part: slice) -> Activation:
+        """Of some tokens."""
+        if self.codes is None or self.scale is None:
+            return Activation(self.value[part])
+        return Activation(self.value[part], self.codes[part], self.scale[part])

@@ -7,9 +7,10 @@ from torch import Tensor
 from dsengine.kernels.registry import Kernels
 from dsengine.model.attention_plan import AttentionPlan
 from dsengine.model.config import ModelConfig
+from dsengine.model.dense import DenseMLP
 from dsengine.model.forward_batch import ForwardBatch
 from dsengine.model.mla import LatentAttention
-from dsengine.model.moe import GatedMLP, MixtureOfExperts
+from dsengine.model.moe import MixtureOfExperts
 from dsengine.model.norm import InputNorm
 from dsengine.model.tensors import layer_prefix
 from dsengine.model.weights import WeightSlots
@@ -22,11 +23,11 @@ class DecoderLayer:
         prefix, hidden, eps = layer_prefix(index), config.hidden_size, config.rms_norm_eps
         self._group = slots.layout.attention
         self.attention = LatentAttention(slots, kernels, config, f"{prefix}self_attn.")
-        self.mlp: MixtureOfExperts | GatedMLP
+        self.mlp: MixtureOfExperts | DenseMLP
         if config.is_moe_layer(index):
             self.mlp = MixtureOfExperts(slots, kernels, config, f"{prefix}mlp.")
         else:
-            self.mlp = GatedMLP(slots, kernels, f"{prefix}mlp.", hidden, config.intermediate_size)
+            self.mlp = DenseMLP(slots, kernels, config, f"{prefix}mlp.")
         self.input_norm = InputNorm(
             slots, kernels, f"{prefix}input_layernorm.weight", hidden, eps, quantizes=self.attention.takes_fp8
         )
@@ -48,9 +49,7 @@ class DecoderLayer:
         normed, residual = self.input_norm.activation_after_add(x, residual)
         attended = self._group.all_reduce(self.attention(normed, batch, plan, cos_sin, kv_cache))
         normed, residual = self.post_attention_norm.activation_after_add(attended, residual)
-        if isinstance(self.mlp, MixtureOfExperts):
-            return self.mlp(normed, batch.rank_tokens), residual
-        return self._group.all_reduce(self.mlp(normed)), residual
+        return self.mlp(normed, batch.rank_tokens), residual
 
     def store(self, x: Tensor, positions: Tensor, slots: Tensor, cos_sin: Tensor, kv_cache: Tensor) -> None:
         """What a call with x [T, hidden_size] and no residual leaves in the cache, and nothing else."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from dsengine.kernels.registry import Kernels
@@ -12,10 +11,11 @@ from dsengine.model.attention_plan import plan_attention
 from dsengine.model.config import ModelConfig
 from dsengine.model.decoder_layer import DecoderLayer
 from dsengine.model.forward_batch import ForwardBatch
+from dsengine.model.lm_head import LmHead, vocabulary_rows
 from dsengine.model.nextn import NextnLayer
 from dsengine.model.norm import Norm
 from dsengine.model.rope import rotary_table
-from dsengine.model.weights import Slot, WeightSlots
+from dsengine.model.weights import WeightSlots
 
 
 class DeepseekModel:
@@ -37,20 +37,13 @@ class DeepseekModel:
         self.cos_sin = rotary_table(config, slots.device)
         self._group = slots.layout.attention
         self._vocab_here, _ = slots.layout.padded_part(config.vocab_size)
-        self.embed_tokens = self._vocab_table(slots, "model.embed_tokens.weight")
+        self.embed_tokens = vocabulary_rows(
+            slots, "model.embed_tokens.weight", config.vocab_size, hidden, slots.layout.attention
+        )
         self.layers = [DecoderLayer(slots, kernels, config, index) for index in range(config.num_hidden_layers)]
         self.norm = Norm(slots, kernels, "model.norm.weight", hidden, config.rms_norm_eps)
-        self.lm_head = self._vocab_table(slots, "lm_head.weight")
+        self.lm_head = LmHead(slots, config.vocab_size, hidden)
         self.nextn = NextnLayer(slots, kernels, config, self.embed, self.cos_sin) if with_nextn else None
-
-    def _vocab_table(self, slots: WeightSlots, name: str) -> Tensor:
-        """This rank's rows of [vocab_size, hidden_size]: as many on every rank, those past the vocabulary zero."""
-        here, rows = slots.layout.padded_part(self.config.vocab_size)
-        if slots.layout.is_single:
-            return slots.tensor(name, rows, self.config.hidden_size)
-        table = slots.empty(rows, self.config.hidden_size).zero_()
-        slots.add(name, Slot(table[: here.stop - here.start], cut=(here,)))
-        return table
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """Embeddings [T, hidden_size] of int64 ids [T]."""
@@ -78,9 +71,10 @@ class DeepseekModel:
         normed, _ = self.norm.after_add(x, residual)
         return normed
 
-    def compute_logits(self, hidden: Tensor) -> Tensor:
-        """Hidden states [N, hidden_size] after a final norm → float32 logits [N, vocab_size]."""
-        logits = F.linear(hidden, self.lm_head).float()
-        if self._group.size == 1:
-            return logits
-        return self._group.all_gather(logits)[:, : self.config.vocab_size]
+    def compute_logits(self, hidden: Tensor, rank_rows: tuple[int, ...] | None = None) -> Tensor:
+        """Hidden states [N, hidden_size] after a final norm → float32 logits [N, vocab_size].
+
+        Args:
+            rank_rows: N of every attention group, all of which ask at the same time; None where there is one only.
+        """
+        return self.lm_head(hidden, rank_rows)

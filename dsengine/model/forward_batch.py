@@ -35,6 +35,7 @@ class ForwardBatch:
             request's new tokens follow its context in the order of `i`, whatever their positions. None: causal.
         rank_tokens: tokens of every attention-DP group in this pass, T at this one's place; any may be 0. None where
             there is one group only.
+        rank_logits: likewise the rows of `logits_indices` of every group.
     """
 
     input_ids: Tensor
@@ -50,6 +51,7 @@ class ForwardBatch:
     logits_indices: Tensor
     tree_mask: Tensor | None = None
     rank_tokens: tuple[int, ...] | None = None
+    rank_logits: tuple[int, ...] | None = None
 
     @property
     def num_tokens(self) -> int:

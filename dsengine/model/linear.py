@@ -17,6 +17,7 @@ from dsengine.kernels.registry import Kernels
 from dsengine.model.activations import Activation
 from dsengine.model.tensors import scale_shape
 from dsengine.model.weights import FP8_BLOCK, Slot, WeightSlots
+from dsengine.parallel.collectives import Group
 
 
 class Linear:
@@ -30,6 +31,7 @@ class Linear:
         parts: output width by name of the stored weight [width, in_features], in the order of the outputs.
         cut_rows: parts of which each rank holds, and computes, its share of the outputs.
         cut_columns: each rank holds, and takes, its share of the input; the ranks' results add up to the layer's.
+        over: the ranks that share it; None: those of the attention group.
         may_be_fp8: False for weights that are needed in the activations' dtype whatever the checkpoint holds.
     """
 
@@ -43,12 +45,15 @@ class Linear:
         *,
         cut_rows: Collection[str] = (),
         cut_columns: bool = False,
+        over: Group | None = None,
     ) -> None:
         self._kernels = kernels
         self._activations = slots.activations
         layout = slots.layout
-        columns = layout.part(in_features) if cut_columns else slice(0, in_features)
-        rows_of = {name: layout.part(width) if name in cut_rows else slice(0, width) for name, width in parts.items()}
+        columns = layout.part(in_features, over) if cut_columns else slice(0, in_features)
+        rows_of = {
+            name: layout.part(width, over) if name in cut_rows else slice(0, width) for name, width in parts.items()
+        }
         parts = {name: rows.stop - rows.start for name, rows in rows_of.items()}
         in_features = columns.stop - columns.start
         out_features = sum(parts.values())

@@ -88,6 +88,7 @@ def load_model(
         keeps_fp8=keep_fp8,
         moe_exchange=layout.moe_exchange,
         redundant_experts=layout.redundant_experts,
+        dense_over_world=layout.dense_over_world,
     )
     slots = WeightSlots(device, dtype, fp8_weights if keep_fp8 else frozenset(), activations, layout)
     model = DeepseekModel(slots, kernels, config, with_nextn)

@@ -18,6 +18,7 @@ from dsengine.model.linear import Linear
 from dsengine.model.side_stream import SideStream
 from dsengine.model.token_exchange import ExpertExchange, exchange_of, local_places
 from dsengine.model.weights import Slot, WeightSlots
+from dsengine.parallel.collectives import Group
 from dsengine.parallel.exchange import RoutedTokens, TokenShares, group_tokens, sum_over_group, token_shares
 from dsengine.parallel.expert_places import ExpertPlaces
 
@@ -26,14 +27,28 @@ _BESIDE_TOKENS = 256
 
 
 class GatedMLP:
-    """down(silu(gate(x)) · up(x)), gate and up in one product; with several ranks, this one's share of the sum."""
+    """down(silu(gate(x)) · up(x)), gate and up in one product; with several ranks, this one's share of the sum.
 
-    def __init__(self, slots: WeightSlots, kernels: Kernels, prefix: str, hidden_size: int, intermediate: int) -> None:
+    Args:
+        over: the ranks that share it; None: those of the attention group.
+    """
+
+    def __init__(
+        self,
+        slots: WeightSlots,
+        kernels: Kernels,
+        prefix: str,
+        hidden_size: int,
+        intermediate: int,
+        over: Group | None = None,
+    ) -> None:
         self._kernels = kernels
         self._scale_fmt = slots.activations.scale_fmt
         gate, up = f"{prefix}gate_proj.weight", f"{prefix}up_proj.weight"
-        self.gate_up = Linear(slots, kernels, hidden_size, {gate: intermediate, up: intermediate}, cut_rows=(gate, up))
-        self.down = Linear(slots, kernels, intermediate, {f"{prefix}down_proj.weight": hidden_size}, cut_columns=True)
+        widths = {gate: intermediate, up: intermediate}
+        self.gate_up = Linear(slots, kernels, hidden_size, widths, cut_rows=(gate, up), over=over)
+        down = {f"{prefix}down_proj.weight": hidden_size}
+        self.down = Linear(slots, kernels, intermediate, down, cut_columns=True, over=over)
 
     @property
     def takes_fp8(self) -> bool:
@@ -42,7 +57,13 @@ class GatedMLP:
 
     def __call__(self, x: Activation) -> Tensor:
         """[T, hidden_size] → the same."""
-        gate_up = self.gate_up(x)
+        return self._activate(self.gate_up(x))
+
+    def multiply_fp8(self, codes: Tensor, scale: Tensor, out_dtype: torch.dtype) -> Tensor:
+        """The same for an input that exists in FP8 only; `takes_fp8` must hold."""
+        return self._activate(self.gate_up.multiply_fp8(codes, scale, out_dtype))
+
+    def _activate(self, gate_up: Tensor) -> Tensor:
         if not self.down.takes_fp8:
             return self.down(self._kernels.silu_mul(gate_up))
         codes, scale = self._kernels.silu_mul_quant(gate_up, scale_fmt=self._scale_fmt)
@@ -178,7 +199,7 @@ class MixtureOfExperts:
         tokens = group_tokens(num_tokens, rank_tokens, layout.dp_size, layout.dp_rank)
         shares = token_shares(tokens, layout.attention.size, layout.world.rank)
         shared = self._start_shared(x)  # it overlaps with the exchange
-        routed = self._exchanged(self._exchange, _rows_of(x, shares.own), shares)
+        routed = self._exchanged(self._exchange, x.rows(shares.own), shares)
         return sum_over_group(layout.attention, shared() if shared is not None else None, routed, num_tokens, shares)
 
     def _start_shared(self, x: Activation) -> Callable[[], Tensor] | None:
@@ -230,9 +251,3 @@ def _places_of(slots: WeightSlots, num_experts: int, exchange: ExpertExchange | 
     copies = min(layout.world.size, 1 + layout.redundant_experts)
     turn = 0 if exchange is None else layout.world.rank
     return ExpertPlaces(num_experts, layout.expert_placement(num_experts), copies, turn, slots.device)
-
-
-def _rows_of(x: Activation, rows: slice) -> Activation:
-    if x.codes is None or x.scale is None:
-        return Activation(x.value[rows])
-    return Activation(x.value[rows], x.codes[rows], x.scale[rows])

@@ -20,15 +20,16 @@ def check_layout(
     keeps_fp8: bool,
     moe_exchange: MoeExchange = "gather",
     redundant_experts: int = 0,
+    dense_over_world: bool = False,
 ) -> None:
-    """Prove that every weight can be cut into equal parts.
+    """Prove that every weight can be cut into equal parts; vocabularies always can, because the last ones are padded.
 
     Args:
         tp_size: all ranks.
         attn_dp_size: groups of ranks with tokens of their own.
         experts_whole: routed experts are dealt out whole, not cut.
         keeps_fp8: weights stay block FP8, and so may be cut between blocks only.
-        moe_exchange, redundant_experts: as in `Layout`.
+        moe_exchange, redundant_experts, dense_over_world: as in `Layout`.
 
     Raises:
         ValueError: some cannot; all of them are listed.
@@ -41,8 +42,10 @@ def check_layout(
         choices = " or ".join(map(repr, get_args(MoeExchange)))
         raise ValueError(f"moe_exchange is {moe_exchange!r}; expected {choices}")
     fp8 = keeps_fp8 and config.quantization is not None
+    group = tp_size // attn_dp_size
     problems = [
-        *_attention_problems(config, tp_size // attn_dp_size, fp8),
+        *_attention_problems(config, group, fp8),
+        *_dense_problems(config, tp_size if dense_over_world else group, fp8),
         *_expert_problems(config, tp_size, experts_whole, fp8, moe_exchange, redundant_experts),
     ]
     if problems:
@@ -51,17 +54,21 @@ def check_layout(
 
 
 def _attention_problems(config: ModelConfig, size: int, fp8: bool) -> Iterator[str]:
-    """What the ranks of one group share: heads, dense layers, shared experts."""
+    """What the ranks of one group share: heads and shared experts."""
     heads = config.num_attention_heads
     if heads % size:
         yield f"num_attention_heads is {heads}, which is not a multiple of {size}"
     elif fp8 and size > 1:
         yield from _between_blocks("queries (num_attention_heads · qk_head_dim)", heads * config.qk_head_dim, size)
         yield from _between_blocks("o_proj's input (num_attention_heads · v_head_dim)", heads * config.v_head_dim, size)
-    if config.first_k_dense_replace > 0:
-        yield from _width("intermediate_size", config.intermediate_size, size, fp8)
     if config.n_shared_experts:
         yield from _width("n_shared_experts · moe_intermediate_size", config.shared_intermediate_size, size, fp8)
+
+
+def _dense_problems(config: ModelConfig, size: int, fp8: bool) -> Iterator[str]:
+    """What an attention group or all ranks share: the layers without experts."""
+    if config.first_k_dense_replace > 0:
+        yield from _width("intermediate_size", config.intermediate_size, size, fp8)
 
 
 def _expert_problems(

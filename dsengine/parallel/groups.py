@@ -63,9 +63,20 @@ class World:
         moe_exchange: MoeExchange = "gather",
         redundant_experts: int = 0,
         balances_experts: bool = False,
+        dense_over_world: bool = False,
+        lm_head_over_world: bool = False,
     ) -> Layout:
         """How a model is spread over these ranks."""
-        return Layout(self.everyone, self.attention, experts_whole, moe_exchange, redundant_experts, balances_experts)
+        return Layout(
+            self.everyone,
+            self.attention,
+            experts_whole,
+            moe_exchange,
+            redundant_experts,
+            balances_experts,
+            dense_over_world,
+            lm_head_over_world,
+        )
 
     def broadcast_bytes(self, data: bytes | None, src: int = 0) -> bytes:
         """See `ControlGroup.broadcast_bytes`."""

@@ -1,8 +1,9 @@
 """Which part of every weight a rank holds: heads, intermediate channels, experts and vocabulary.
 
-World = attention-DP x attention-TP. The ranks of one attention-TP group share the heads, the dense layers, the shared
-experts and the vocabulary of the same tokens; the groups have tokens of their own. Routed experts lie on all ranks of
-the world, whole or cut.
+World = attention-DP x attention-TP. The ranks of one attention-TP group share the heads, the shared experts and the
+embedding of the same tokens; the groups have tokens of their own. Routed experts lie on all ranks of the world, whole
+or cut. Dense layers and the lm_head are shared by either: by a group without further exchanges, or by the world, each
+rank holding as much less.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ class Layout:
             where its experts are (experts must be whole), as does DeepEP, with its low-latency kernels or without.
         redundant_experts: further copies of experts that the world holds, so that busy ones lie on several ranks.
         balances_experts: tokens are counted by expert, and experts may move (they must be whole).
+        dense_over_world, lm_head_over_world: all ranks share the dense layers, or the lm_head, rather than those of an
+            attention group.
     """
 
     world: Group = field(default_factory=SingleProcess)
@@ -38,6 +41,8 @@ class Layout:
     moe_exchange: MoeExchange = "gather"
     redundant_experts: int = 0
     balances_experts: bool = False
+    dense_over_world: bool = False
+    lm_head_over_world: bool = False
 
     @property
     def is_single(self) -> bool:
@@ -64,9 +69,20 @@ class Layout:
             return None
         return DeepEp(self.world, low_latency=self.moe_exchange == "deepep")
 
-    def part(self, extent: int) -> slice:
-        """This rank's of the attention group's equal parts of a dimension; `extent` must be divisible."""
-        return _part(self.attention, extent)
+    @property
+    def dense(self) -> Group:
+        """The ranks that share the dense layers; `attention` itself where that is the same."""
+        return self.world if self.dense_over_world and self.dp_size > 1 else self.attention
+
+    @property
+    def lm_head(self) -> Group:
+        """The ranks that share the lm_head; `attention` itself where that is the same."""
+        return self.world if self.lm_head_over_world and self.dp_size > 1 else self.attention
+
+    def part(self, extent: int, group: Group | None = None) -> slice:
+        """This rank's of the equal parts of a dimension that the ranks of `group` share, by default the attention
+        group; `extent` must be divisible."""
+        return _part(group or self.attention, extent)
 
     def expert_channels(self, extent: int) -> slice:
         """This rank's channels of every routed expert."""
@@ -82,11 +98,12 @@ class Layout:
             return list(range(count))
         return self.expert_placement(count)[_part(self.world, count + self.redundant_experts)]
 
-    def padded_part(self, extent: int) -> tuple[slice, int]:
-        """(this rank's part, width of every rank's part with its padding) of a dimension of any extent, cut over the
-        attention group: the last ranks' parts may be shorter, or empty."""
-        width = -(-extent // self.attention.size)
-        start = min(self.attention.rank * width, extent)
+    def padded_part(self, extent: int, group: Group | None = None) -> tuple[slice, int]:
+        """(this rank's part, width of every rank's part with its padding) of a dimension of any extent, cut over
+        `group`, by default the attention group: the last ranks' parts may be shorter, or empty."""
+        group = group or self.attention
+        width = -(-extent // group.size)
+        start = min(group.rank * width, extent)
         return slice(start, min(start + width, extent)), width
 
 

@@ -22,16 +22,30 @@ class Layout:
     """One way to spread a model; `Layout()` is a single GPU.
 
     Attributes:
-        attn_tp: ranks that share the heads, the shared experts, the dense layers and the vocabulary.
+        attn_tp: ranks that share the heads, the shared experts and the embedding.
         attn_dp: groups of such ranks, each with requests and a cache of its own.
         experts: "ep": each rank holds E / world whole experts; "tp": a slice of every expert.
         redundant: further copies of experts that the world holds, so that busy ones lie on several ranks.
+        dense_over_world, lm_head_over_world: all ranks share the dense layers, or the lm_head, rather than those of a
+            group.
     """
 
     attn_tp: int = 1
     attn_dp: int = 1
     experts: ExpertSplit = "tp"
     redundant: int = 0
+    dense_over_world: bool = False
+    lm_head_over_world: bool = False
+
+    @property
+    def dense_ranks(self) -> int:
+        """That share the dense layers."""
+        return self.world if self.dense_over_world else self.attn_tp
+
+    @property
+    def lm_head_ranks(self) -> int:
+        """That share the lm_head."""
+        return self.world if self.lm_head_over_world else self.attn_tp
 
     @property
     def world(self) -> int:
@@ -39,13 +53,16 @@ class Layout:
 
     @property
     def name(self) -> str:
-        """As in "TP8", "DP8 EP8", "DP2 TP4 EP8" or, with redundant experts, "DP72 EP72+32"."""
+        """As in "TP8", "DP8 EP8", "DP2 TP4 EP8", with redundant experts "DP72 EP72+32", or "DP8 EP8 dense8 head8" where
+        all ranks share the dense layers and the lm_head."""
         if self.world == 1:
             return "one GPU"
         parts = [f"DP{self.attn_dp}"] if self.attn_dp > 1 else []
         parts += [f"TP{self.attn_tp}"] if self.attn_tp > 1 else []
         extra = f"+{self.redundant}" if self.redundant else ""
         parts += [f"EP{self.world}{extra}"] if self.experts == "ep" else []
+        parts += [f"dense{self.world}"] if self.dense_ranks > self.attn_tp else []
+        parts += [f"head{self.world}"] if self.lm_head_ranks > self.attn_tp else []
         return " ".join(parts)
 
     def problem(self, config: ModelConfig) -> str | None:
@@ -59,25 +76,33 @@ class Layout:
             return f"a slice of every expert on {self.world} ranks needs one TP group, and {inter} to divide"
         if self.experts == "tp" and config.quantization is not None and inter // self.world % _FP8_BLOCK:
             return f"{inter} / {self.world} columns of an expert are no whole FP8 blocks of {_FP8_BLOCK}"
-        unit = _FP8_BLOCK if config.quantization is not None and self.attn_tp > 1 else 1
-        for name, width in (
-            ("a dense layer", config.intermediate_size),
-            ("shared experts", config.shared_intermediate_size),
+        for name, width, ranks in (
+            ("a dense layer", config.intermediate_size, self.dense_ranks),
+            ("shared experts", config.shared_intermediate_size, self.attn_tp),
         ):
-            if width % (self.attn_tp * unit):
-                return f"{width} columns of {name} do not divide by {self.attn_tp} in whole blocks of {unit}"
+            unit = _FP8_BLOCK if config.quantization is not None and ranks > 1 else 1
+            if width % (ranks * unit):
+                return f"{width} columns of {name} do not divide by {ranks} in whole blocks of {unit}"
         return None
 
 
-def layouts(config: ModelConfig, num_gpus: int) -> list[Layout]:
-    """All layouts of the model on `num_gpus`: from pure tensor parallelism to pure data parallelism with EP."""
+def layouts(
+    config: ModelConfig, num_gpus: int, *, dense_over_world: bool = False, lm_head_over_world: bool = False
+) -> list[Layout]:
+    """All layouts of the model on `num_gpus`: from pure tensor parallelism to pure data parallelism with EP.
+
+    Args:
+        dense_over_world, lm_head_over_world: as in `Layout`, of those with several groups.
+    """
     if num_gpus == 1:
         return [Layout()]
     found = []
     for attn_tp in range(num_gpus, 0, -1):
         if num_gpus % attn_tp == 0:
             for experts in ("tp", "ep"):
-                layout = Layout(attn_tp, num_gpus // attn_tp, experts)
+                attn_dp = num_gpus // attn_tp
+                shared = (dense_over_world and attn_dp > 1, lm_head_over_world and attn_dp > 1)
+                layout = Layout(attn_tp, attn_dp, experts, 0, *shared)
                 if layout.problem(config) is None:
                     found.append(layout)
     return found

@@ -44,7 +44,7 @@ class Part:
     """Tensors of one kind that layouts split alike.
 
     Attributes:
-        split: "world", "attn_tp" or "none": the ranks over which a layout divides it.
+        split: "world", "attn_tp", "dense", "lm_head" or "none": the ranks over which a layout divides it.
         loaded_bytes: in memory, all layers, unsplit.
         experts: how many experts the part is made of; 0: it is none of experts.
     """
@@ -56,7 +56,13 @@ class Part:
     experts: int = 0
 
     def bytes_per_rank(self, layout: Layout) -> int:
-        over = {"world": layout.world, "attn_tp": layout.attn_tp, "none": 1}[self.split]
+        over = {
+            "world": layout.world,
+            "attn_tp": layout.attn_tp,
+            "dense": layout.dense_ranks,
+            "lm_head": layout.lm_head_ranks,
+            "none": 1,
+        }[self.split]
         copies = 1 + layout.redundant / self.experts if self.experts else 1
         return int(self.loaded_bytes * copies) // over
 
@@ -119,11 +125,13 @@ def _place(name: str) -> tuple[str, str]:
     if ".mlp.gate." in name:
         return "routers", "none"
     if ".mlp." in name:
-        return "dense layers", "attn_tp"
+        return "dense layers", "dense"
     if ".self_attn." in name:
         return ("attention, by heads", "attn_tp") if any(s in name for s in _SPLIT_BY_HEADS) else ("attention", "none")
-    if name in ("model.embed_tokens.weight", "lm_head.weight"):
-        return "embedding and head", "attn_tp"
+    if name == "model.embed_tokens.weight":
+        return "embedding", "attn_tp"
+    if name == "lm_head.weight":
+        return "lm_head", "lm_head"
     return "norms and the rest", "none"
 
 

@@ -35,6 +35,7 @@ class Question:
         mem_fraction: as `--mem-fraction-static`; None: suggest one.
         chunk_tokens: as `--chunked-prefill-size`.
         is_fp8_cache: as `--kv-cache-dtype fp8_e4m3`.
+        dense_over_world, lm_head_over_world: as `--dense-parallel world` and `--lm-head-parallel world`.
     """
 
     gpu: Gpu
@@ -45,6 +46,8 @@ class Question:
     block_size: int
     chunk_tokens: int
     is_fp8_cache: bool = False
+    dense_over_world: bool = False
+    lm_head_over_world: bool = False
 
 
 @dataclass(frozen=True)
@@ -112,7 +115,12 @@ def make_plan(model: PlannedModel, question: Question) -> Plan:
     Raises:
         ValueError: the model cannot be cut into that many parts in any way.
     """
-    found = layouts(model.config, question.num_gpus)
+    found = layouts(
+        model.config,
+        question.num_gpus,
+        dense_over_world=question.dense_over_world,
+        lm_head_over_world=question.lm_head_over_world,
+    )
     if not found:
         reason = Layout(1, question.num_gpus, "ep").problem(model.config)
         raise ValueError(f"num_gpus is {question.num_gpus}, and no layout divides the model so: {reason}")
@@ -211,12 +219,15 @@ def suggested_flags(plan: Plan, chosen: LayoutPlan) -> tuple[str, ...]:
     world = [("--tp-size", layout.world)] if layout.world > 1 else []
     world += [("--attn-dp-size", layout.attn_dp)] if layout.attn_dp > 1 else []
     world += [("--ep-size", layout.world)] if layout.world > 1 and layout.experts == "ep" else []
+    shared = [("--dense-parallel", "world")] if layout.dense_over_world else []
+    shared += [("--lm-head-parallel", "world")] if layout.lm_head_over_world else []
     nodes: list[tuple[str, object]] = []
     if layout.world > GPUS_PER_NODE:
         count = ceil(layout.world / GPUS_PER_NODE)
         nodes = [("--nnodes", count), ("--node-rank", "R"), ("--dist-init-addr", "HOST:PORT")]
     flags: Sequence[tuple[str, object]] = (
         *world,
+        *shared,
         *nodes,
         ("--block-size", question.block_size),
         ("--mem-fraction-static", plan.mem_fraction),

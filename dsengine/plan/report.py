@@ -98,6 +98,8 @@ def _layout_data(plan: LayoutPlan) -> dict[str, Any]:
         "attn_tp": plan.layout.attn_tp,
         "attn_dp": plan.layout.attn_dp,
         "experts": plan.layout.experts,
+        "dense_over_world": plan.layout.dense_over_world,
+        "lm_head_over_world": plan.layout.lm_head_over_world,
         "weight_bytes_per_gpu": plan.weight_bytes,
         "part_bytes_per_gpu": plan.part_bytes,
         "fits": plan.cache_tokens > 0,

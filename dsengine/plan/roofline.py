@@ -181,8 +181,9 @@ class RankWork:
         return attention + (self.mixture(load) if is_moe else self.dense(load.tokens))
 
     def dense(self, tokens: int) -> list[Work]:
-        """The MLP of a layer without experts."""
-        return self.gated_mlp("dense", self.config.intermediate_size // self.layout.attn_tp, tokens)
+        """The MLP of a layer without experts, for `tokens` tokens of each group."""
+        tokens *= self.layout.attn_dp if self.layout.dense_over_world else 1
+        return self.gated_mlp("dense", self.config.intermediate_size // self.layout.dense_ranks, tokens)
 
     def prefill_layer(self, load: Load, is_moe: bool) -> list[Work]:
         """`load.tokens` new tokens of whole prompts of `load.context` tokens."""
@@ -190,7 +191,9 @@ class RankWork:
         return attention + (self.mixture(load) if is_moe else self.dense(load.tokens))
 
     def head(self, tokens: int) -> Work:
-        rows, hidden = self.config.vocab_size // self.layout.attn_tp, self.config.hidden_size
+        """Logits of `tokens` tokens of each group."""
+        tokens *= self.layout.attn_dp if self.layout.lm_head_over_world else 1
+        rows, hidden = self.config.vocab_size // self.layout.lm_head_ranks, self.config.hidden_size
         moved = rows * hidden * _BF16 + tokens * (hidden * _BF16 + rows * 4)
         return Work("lm_head", moved, 2.0 * rows * hidden * tokens)
 

@@ -13,7 +13,8 @@ from tiny_checkpoints import FP8_QUANTIZATION, TINY_CONFIGS, Session, cpu_kernel
 from torch import Tensor
 
 from dsengine.model.checkpoint import INDEX_FILE
-from dsengine.model.moe import GatedMLP, MixtureOfExperts
+from dsengine.model.dense import DenseMLP
+from dsengine.model.moe import MixtureOfExperts
 from dsengine.model.random_checkpoint import write_random_checkpoint, write_shards
 from dsengine.model.tensors import SCALE_SUFFIX
 from dsengine.quant.block_fp8 import dequantize_block_fp8
@@ -116,7 +117,7 @@ def test_memory_holds_the_stored_codes(tmp_path: Path) -> None:
     model = load_tiny(tmp_path, weight_format="fp8")
     moe, dense = model.layers[1].mlp, model.layers[0].mlp
     assert isinstance(moe, MixtureOfExperts)
-    assert isinstance(dense, GatedMLP)
+    assert isinstance(dense, DenseMLP)
     for expert in range(8):
         prefix = f"model.layers.1.mlp.experts.{expert}."
         gate, up, down = (stored[f"{prefix}{kind}_proj.weight"] for kind in ("gate", "up", "down"))
@@ -127,14 +128,14 @@ def test_memory_holds_the_stored_codes(tmp_path: Path) -> None:
         assert torch.equal(moe.w_gate_up_scale[expert, 1], stored[f"{prefix}up_proj.weight{SCALE_SUFFIX}"])
         assert torch.equal(moe.w_down_scale[expert], stored[f"{prefix}down_proj.weight{SCALE_SUFFIX}"])
     attention = model.layers[0].attention
-    for linear in (attention.qkv_a, attention.o_proj, dense.gate_up, dense.down):
+    for linear in (attention.qkv_a, attention.o_proj, dense.mlp.gate_up, dense.mlp.down):
         assert linear.weight.dtype == torch.float8_e4m3fn
         assert linear.scale is not None
     assert attention.kv_b.dtype == torch.float32  # both forms of attention multiply by it in every step
     name = "model.layers.0.self_attn.kv_b_proj.weight"
     expected = dequantize_block_fp8(stored[name], stored[name + SCALE_SUFFIX], dtype=torch.float32)
     assert torch.equal(attention.kv_b, expected)
-    assert model.lm_head.dtype == torch.float32
+    assert model.lm_head.weight.dtype == torch.float32
     assert model.nextn is not None
     assert model.nextn.eh_proj.scale is None
 

@@ -60,11 +60,12 @@ class GroupRun:
             batch = replace(batch, rank_tokens=tuple(sum(counts) for counts in step[: self.dp_size]))
         with torch.inference_mode():
             hidden = model.forward(batch, session.kv_caches)
-            logits = model.compute_logits(hidden)
+            logits = model.compute_logits(hidden, batch.rank_tokens)
             drafted = None
             if model.nextn is not None:
                 following = batch.input_ids.roll(-1)
-                drafted = model.compute_logits(model.nextn.forward(hidden, following, batch, session.kv_caches[-1]))
+                drafted = model.nextn.forward(hidden, following, batch, session.kv_caches[-1])
+                drafted = model.compute_logits(drafted, batch.rank_tokens)
         for request, tokens in chunks:
             session.lengths[request] += len(tokens)
         return logits, drafted

@@ -32,6 +32,7 @@ OPTIONS: dict[str, Any] = {
     "num_threads": 1,
 }
 TREES: dict[str, Any] = {"speculative_algorithm": "NEXTN", "speculative_eagle_topk": 2, "speculative_num_steps": 2}
+SHARED: dict[str, Any] = {"dense_parallel": "world", "lm_head_parallel": "world"}
 MOVING = {"enable_eplb": True, "ep_num_redundant_experts": 4, "eplb_rebalance_num_iterations": 7}
 Script = list[list[list[tuple[int, int]]]]
 """[step][group]: the requests that come before it: number of the prompt, number of tokens wanted."""
@@ -143,6 +144,11 @@ def test_trees_of_groups(bench: Bench) -> None:
     assert max(replays(told)) >= 3 and -1 in replays(told)
 
 
+def test_trees_of_groups_whose_ranks_share_dense_layers_and_head(bench: Bench) -> None:
+    told = bench.run([SCRIPT, *random_scripts(8, 2, len(bench.prompts))], tp_size=2, attn_dp_size=2, **TREES, **SHARED)
+    assert max(replays(told)) >= 3 and -1 in replays(told)
+
+
 def test_overlapped_steps_of_groups(bench: Bench) -> None:
     told = bench.run(random_scripts(12, 2, len(bench.prompts)), overlap=True, tp_size=2, attn_dp_size=2)
     assert replays(told) == {-1, 0, 1, 2}
@@ -156,7 +162,9 @@ def test_one_rank_that_cannot_capture_keeps_all_from_it(bench: Bench) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("groups", [2, 4])
 @pytest.mark.parametrize(
-    "options", [{}, {"overlap": True}, TREES, MOVING], ids=["plain", "overlapped", "trees", "experts move"]
+    "options",
+    [{}, {"overlap": True}, TREES, MOVING, SHARED, SHARED | TREES],
+    ids=["plain", "overlapped", "trees", "experts move", "shared by all", "trees, shared by all"],
 )
 def test_four_ranks(bench: Bench, groups: int, options: dict[str, Any]) -> None:
     scripts = random_scripts(20, groups, len(bench.prompts))
@@ -176,25 +184,31 @@ CHAIN = TreeShape(3, 1, 4)
 
 
 @pytest.mark.parametrize(
-    ("batch", "kind"),
+    ("batch", "kind", "logits", "scored"),
     [
-        (ScheduledBatch([scheduled(9, 1), scheduled(12, 1)]), DECODE),
-        (ScheduledBatch([scheduled(7, 1)]), DECODE),
-        (ScheduledBatch([scheduled(9, 1)], tree=TREE), DECODE),
-        (ScheduledBatch([scheduled(9, 4, num_drafts=3)], tree=TREE), StepKind(4, True)),
-        (ScheduledBatch([scheduled(9, 4, num_drafts=3)], tree=CHAIN), StepKind(4, False)),
-        (ScheduledBatch([scheduled(9, 1), scheduled(3, 5)]), None),
-        (ScheduledBatch([scheduled(9, 1), scheduled(3, 1, samples=False)]), None),
-        (ScheduledBatch([scheduled(9, 4, num_drafts=3), scheduled(9, 1)], tree=TREE), None),
-        (ScheduledBatch([scheduled(7, 1, prompt_logprobs=1)]), None),
-        (ScheduledBatch([scheduled(8, 1, prompt_logprobs=1)]), DECODE),
+        (ScheduledBatch([scheduled(9, 1), scheduled(12, 1)]), DECODE, 2, 0),
+        (ScheduledBatch([scheduled(7, 1)]), DECODE, 1, 0),
+        (ScheduledBatch([scheduled(9, 1)], tree=TREE), DECODE, 1, 0),
+        (ScheduledBatch([scheduled(9, 4, num_drafts=3)], tree=TREE), StepKind(4, True), 4, 0),
+        (ScheduledBatch([scheduled(9, 4, num_drafts=3)], tree=CHAIN), StepKind(4, False), 4, 0),
+        (ScheduledBatch([scheduled(9, 1), scheduled(3, 5)]), None, 2, 0),
+        (ScheduledBatch([scheduled(9, 1), scheduled(3, 1, samples=False)]), None, 1, 0),
+        (ScheduledBatch([scheduled(9, 4, num_drafts=3), scheduled(9, 1)], tree=TREE), None, 5, 0),
+        (ScheduledBatch([scheduled(7, 1, prompt_logprobs=1)]), None, 1, 0),
+        (ScheduledBatch([scheduled(2, 3, prompt_logprobs=1, samples=False)]), None, 0, 3),
+        (ScheduledBatch([scheduled(2, 6, prompt_logprobs=1)]), None, 1, 5),
+        (ScheduledBatch([scheduled(8, 1, prompt_logprobs=1)]), DECODE, 1, 0),
     ],
 )
-def test_kinds_of_steps(batch: ScheduledBatch, kind: StepKind | None) -> None:
+def test_kinds_of_steps(batch: ScheduledBatch, kind: StepKind | None, logits: int, scored: int) -> None:
     own, idle = summary(batch), summary(ScheduledBatch(tree=TREE))
     trees = sum(s.num_drafts > 0 for s in batch.requests)
-    assert LockStep.of([own, idle]) == LockStep((batch.num_tokens, 0), kind, len(batch.requests), trees, trees > 0)
-    assert LockStep.of([idle, idle]) == LockStep((0, 0), None, 0)
+    rows = ((logits, 0), (scored, 0))
+    expected = LockStep((batch.num_tokens, 0), kind, len(batch.requests), *rows, trees, trees > 0)
+    assert LockStep.of([own, idle]) == expected
+    assert LockStep.of([idle, idle]) == LockStep((0, 0), None, 0, (0, 0), (0, 0))
     other = summary(ScheduledBatch([scheduled(9, 2, num_drafts=1)] * 3, tree=TreeShape(1, 1, 2)))
     assert LockStep.of([own, idle, other]).kind is None
-    assert LockStep.of([idle, other, other]) == LockStep((0, 6, 6), StepKind(2, False), 3, 3, True)
+    assert LockStep.of([idle, other, other]) == LockStep(
+        (0, 6, 6), StepKind(2, False), 3, (0, 6, 6), (0, 0, 0), 3, True
+    )

@@ -30,6 +30,14 @@ HUB_CONFIGS: dict[str, dict[str, Any]] = {
     "v3_fp8": TINY_CONFIGS["v3"] | {"quantization_config": FP8_QUANTIZATION, "vocab_size": 323},
 }
 
+# Dense layers that four ranks share between blocks of 128, and a vocabulary that is no multiple of them.
+BLOCKS: dict[str, Any] = HUB_CONFIGS["v3_fp8"] | {
+    "qk_nope_head_dim": 112,
+    "v_head_dim": 128,
+    "intermediate_size": 512,
+    "moe_intermediate_size": 256,
+}
+
 # Some prefill; some decode beside them; one or three are idle.
 MIXES: Schedule = [
     [[30, 0], [7, 3], [1, 0], [0, 0]],
@@ -42,6 +50,8 @@ EP = {"experts_whole": True}
 SENT = {"experts_whole": True, "moe_exchange": "all_to_all"}
 FP8 = {"weight_format": "fp8", "activation_format": "fp8"}
 BF16 = {"dtype": "bfloat16"}
+DENSE = {"dense_over_world": True}
+HEAD = {"lm_head_over_world": True}
 MOVING = {"redundant_experts": 4, "balances_experts": True}
 
 
@@ -65,8 +75,9 @@ def case(
 ) -> dict[str, Any]:
     way = layout.get("moe_exchange", "gather") + (" whole experts" if layout["experts_whole"] else " cut experts")
     moving = " that move" if layout.get("balances_experts") else ""
+    shared = "".join(f", {name}" for name in ("dense_over_world", "lm_head_over_world") if layout.get(name))
     return {
-        "name": f"{Path(checkpoint).name} on {size} ranks in {attn_dp_size} groups, {way}{moving}",
+        "name": f"{Path(checkpoint).name} on {size} ranks in {attn_dp_size} groups, {way}{moving}{shared}",
         "checkpoint": checkpoint,
         "options": {},
         "size": size,
@@ -171,6 +182,26 @@ def test_groups_answer_as_the_whole_model(tmp_path: Path) -> None:
             moved = [rank[one["name"]]["moved"] for rank in told]
             assert len(set(moved)) == 1
             assert moved[0] > 0, f"{one['name']}: nothing moved"
+
+
+def test_dense_layers_and_heads_that_all_ranks_share(tmp_path: Path) -> None:
+    for name, hub in {"v3": HUB_CONFIGS["v3"], "blocks": BLOCKS}.items():
+        write_random_checkpoint(tmp_path / name, hub, seed=4)
+    v3, blocks = str(tmp_path / "v3"), str(tmp_path / "blocks")
+    both = DENSE | HEAD
+    cases = [
+        case(v3, 2, 2, TP | DENSE, [MIXES]),
+        case(v3, 2, 2, TP | HEAD, [MIXES]),
+        case(v3, 4, 2, EP | both, [MIXES, *random_schedules(4)]),
+        case(v3, 4, 4, SENT | both, [MIXES]),
+        case(v3, 4, 1, EP | both, [MIXES[:2]]),
+        case(blocks, 4, 2, EP | both, [MIXES[:2]]) | {"options": FP8},
+        case(blocks, 4, 4, EP | both, [MIXES]) | {"options": {"weight_format": "fp8"}},
+        case(v3, 4, 4, EP | both, [MIXES[:2]]) | {"options": BF16, "name": "bfloat16"},
+    ]
+    found, _ = run_ranks(tmp_path / "world", cases)
+    for one in cases:
+        check(one, found)
 
 
 @pytest.mark.parametrize("tokens", [(0, 0), (1, 0), (5, 8), (3, 3), (40, 1)])

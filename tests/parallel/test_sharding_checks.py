@@ -10,6 +10,7 @@ import pytest
 import torch
 from tiny_checkpoints import FP8_QUANTIZATION, TINY_CONFIGS
 
+from dsengine.config import ParallelConfig
 from dsengine.model.config import ModelConfig
 from dsengine.model.sharding import check_layout
 from dsengine.parallel.groups import join_world
@@ -82,6 +83,47 @@ def test_groups_need_less_of_attention_than_all_ranks_would() -> None:
     with pytest.raises(ValueError, match="num_attention_heads is 4, which is not a multiple of 8"):
         check_layout(TINY, tp_size=8, experts_whole=True, keeps_fp8=False)
     check_layout(TINY, tp_size=8, attn_dp_size=2, experts_whole=True, keeps_fp8=False, redundant_experts=8)
+
+
+def test_dense_layers_of_a_group_or_of_the_world() -> None:
+    odd = replace(V3, intermediate_size=18432 + 128 * 8)
+    check_layout(odd, tp_size=16, attn_dp_size=16, experts_whole=True, keeps_fp8=True)
+    with pytest.raises(
+        ValueError, match=r"in 16 groups: intermediate_size is 19456, .*be a multiple of 2048 \(weight_"
+    ):
+        check_layout(odd, tp_size=16, attn_dp_size=16, experts_whole=True, keeps_fp8=True, dense_over_world=True)
+    check_layout(odd, tp_size=16, attn_dp_size=16, experts_whole=True, keeps_fp8=False, dense_over_world=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "dense", "lm_head"),
+    [
+        ({}, "attention", "attention"),
+        ({"moe_dense_tp_size": 4}, "world", "attention"),
+        ({"moe_dense_tp_size": 2}, "attention", "attention"),
+        ({"moe_dense_tp_size": 4, "dense_parallel": "world"}, "world", "attention"),
+        ({"lm_head_parallel": "world"}, "attention", "world"),
+        ({"enable_dp_lm_head": True}, "attention", "attention"),
+    ],
+)
+def test_other_engines_names(options: dict[str, Any], dense: str, lm_head: str) -> None:
+    config = ParallelConfig(tp_size=4, attn_dp_size=2, **options)
+    assert (config.dense_parallel, config.lm_head_parallel) == (dense, lm_head)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"moe_dense_tp_size": 1}, "moe_dense_tp_size is 1; it must be tp_size, which is 4, or .* which are 2"),
+        ({"moe_dense_tp_size": 2, "dense_parallel": "world"}, "dense_parallel is world; give one of them"),
+        ({"enable_dp_lm_head": True, "lm_head_parallel": "world"}, "but lm_head_parallel is world"),
+        ({"dense_parallel": "all"}, "dense_parallel is 'all'; it must be one of attention, world"),
+        ({"lm_head_parallel": "all"}, "lm_head_parallel is 'all'; it must be one of attention, world"),
+    ],
+)
+def test_shares_that_cannot_be(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ParallelConfig(tp_size=4, attn_dp_size=2, **options)
 
 
 def test_no_ranks() -> None:
