@@ -121,8 +121,9 @@ class LatencyController:
         if not demand.decoding:
             return self._largest
         fixed, each = self._decodes.fit()
-        # Prompts get no less of the time than drafts.
-        target = self._target / 2 if demand.prompt_tokens else self._target
+        target = self._target
+        if demand.prompt_tokens:  # which get no less of the time than drafts, and their smallest chunk in any case
+            target = min(target / 2, target - self.chunk_seconds(_SMALLEST_CHUNK, demand.context))
         if each == 0:
             return self._largest if fixed <= target else demand.decoding
         return max(demand.decoding, min(self._largest, int((target - fixed) / each)))

@@ -197,6 +197,8 @@ def test_drafts_get_what_the_target_leaves_them() -> None:
         controller.observe(Work(count), 0.010 + 0.0005 * count)
     assert controller.most_decode_tokens(Demand(4)) == 33  # 27 ms
     assert controller.most_decode_tokens(Demand(4, 100)) == 6  # half of that
+    controller.observe(Work(4, 16), 0.028)  # 1 ms for each of a prompt's tokens
+    assert controller.most_decode_tokens(Demand(4, 100)) == 4, "a prompt's smallest chunk leaves no time"
     assert controller.most_decode_tokens(Demand(20, 100)) == 20, "no fewer than there are"
     assert controller.most_decode_tokens(Demand(0, 100)) == 2048
 
