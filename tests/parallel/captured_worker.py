@@ -127,6 +127,15 @@ def experts_moved(model: DeepseekModel) -> bool:
     return any(mlp.places is not None and mlp.places.placement != beginning for mlp in layers)
 
 
+def drafts(core: EngineCore) -> dict[str, int]:
+    """How often each captured draft was replayed."""
+    speculator = core._launcher.runner.speculator
+    if speculator is None or speculator.graphs is None:
+        return {}
+    graphs: dict[Any, Any] = speculator.graphs.drafts._graphs
+    return {f"{shape} {size}": graph.num_replays for (shape, _, size), graph in graphs.items()}
+
+
 def main(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     case = json.loads((folder / "case.json").read_text())
@@ -151,6 +160,7 @@ def main(rank: int, folder: Path) -> None:
         "captured": len(graphs.captured),
         "experts_moved": experts_moved(core.model),
         "tokens": tokens,
+        "drafts": drafts(core),
         "replayed": [recorder.replayed[a:b] for a, b in pairwise([0, *steps])],
     }
     (folder / f"rank{rank}.json").write_text(json.dumps(told))

@@ -114,6 +114,7 @@ class Bench:
                 }
                 assert tokens == wanted
             assert each["replayed"] == told[0]["replayed"], "some replay and some do not"
+            assert each["drafts"] == told[0]["drafts"], "some draft in graphs and some do not"
         return told
 
 
@@ -142,11 +143,13 @@ def test_trees_of_groups(bench: Bench) -> None:
     told = bench.run(random_scripts(12, 2, len(bench.prompts)), tp_size=2, attn_dp_size=2, **TREES)
     assert told[0]["captured"] > 3, "of every size, plain and with trees"
     assert max(replays(told)) >= 3 and -1 in replays(told)
+    assert sum(count > 0 for count in told[0]["drafts"].values()) > 1, "drafts are replayed, in several sizes"
 
 
 def test_trees_of_groups_whose_ranks_share_dense_layers_and_head(bench: Bench) -> None:
     told = bench.run([SCRIPT, *random_scripts(8, 2, len(bench.prompts))], tp_size=2, attn_dp_size=2, **TREES, **SHARED)
     assert max(replays(told)) >= 3 and -1 in replays(told)
+    assert sum(count > 0 for count in told[0]["drafts"].values()) > 1, "drafts are replayed, in several sizes"
 
 
 def test_overlapped_steps_of_groups(bench: Bench) -> None:
