@@ -3,8 +3,8 @@
 A tree of 3/4/8 takes some 190 launches, and keeping its path in 61 layers some 145 (operations counted on the CPU);
 on a small batch the host could not keep up. As with decode steps, what a graph reads lies in static buffers and batches
 are padded to the next captured size. A padding row of a draft has no context: it sees nothing, stores nothing and
-starts from a zero hidden state. One of a kept path has no slot: it stores nothing, and moves once more what the first request
-moves.
+starts from a zero hidden state. One of a kept path has no slot: it stores nothing, and moves once more what the first
+request moves.
 
 With several attention groups all of them draft the same captured size together or none does, because the layer's
 experts are everybody's. Keeping paths is each group's own business.
