@@ -2,8 +2,8 @@
 
 Strict: a string is no number, `true` is no integer, an unknown field is an error that names it. Fields of OpenAI's API
 that would change the answer but are not supported are refused with a message that says so; fields that concern OpenAI's
-own service (`user`, `metadata`, `store` …) are accepted without effect. Every bound is closed, so that no request can ask for
-unbounded work.
+own service (`user`, `metadata`, `store` …) are accepted without effect. Every bound is closed, so that no request can
+ask for unbounded work.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from dsengine.server.protocol_base import (
     contradiction,
     unsupported,
 )
-from dsengine.server.protocol_formats import OutputOptions, check_schema
+from dsengine.server.protocol_formats import OutputOptions, check_enforced, check_schema
 from dsengine.server.protocol_messages import MAX_MESSAGES, ChatMessage, ToolOptions
 
 MAX_PROMPTS = 256
@@ -234,6 +234,8 @@ class ChatCompletionRequest(_Sampling, _ChatInput):
             raise contradiction("a call that must be made leaves no room for a constrained answer", "tool_choice")
         for tool in self.offered_tools:
             check_schema(tool.function.parameters or {}, "tools")
+            if tool.function.strict:
+                check_enforced(tool.function.parameters or {}, "tools")
         return self
 
     @model_validator(mode="after")

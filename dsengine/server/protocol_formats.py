@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from dsengine.server.grammar.schemas import unenforced
 from dsengine.server.protocol_base import Strict, contradiction
 
 MAX_REGEX_CHARS = 8 * 1024
@@ -113,7 +114,14 @@ class OutputOptions(Strict):
         for name, (kind, value) in formats.items():
             if kind in ("json", "tag"):
                 check_schema(value, name)
+            if kind == "json" and not self._is_lax:
+                check_enforced(value, name)
         return self
+
+    @property
+    def _is_lax(self) -> bool:
+        named = None if self.response_format is None else self.response_format.json_schema
+        return named is not None and named.strict is False
 
 
 def check_schema(schema: dict[str, Any], param: str) -> None:
@@ -138,6 +146,18 @@ def check_schema(schema: dict[str, Any], param: str) -> None:
             elif isinstance(item, list):
                 deeper += item
         level = deeper
+
+
+def check_enforced(schema: dict[str, Any], param: str) -> None:
+    """Refuse a schema that an output might break although it was constrained to it.
+
+    Raises:
+        PydanticCustomError: it names what the grammar would pass over.
+    """
+    if (what := unenforced(schema)) is not None:
+        raise contradiction(
+            f"the schema demands what cannot be enforced: {what}; strict: false passes over that", param
+        )
 
 
 def _is_json_object(text: str) -> bool:
