@@ -156,19 +156,12 @@ class DeviceSetup:
         block_bytes = self._block_size * self._token_bytes
         num_blocks = budget.num_blocks(block_bytes, self._block_size, config.max_total_tokens)
         pool = self._pool(self._agreement.blocks(num_blocks))
-        speculator = self._speculator(pool)
-        graphs, kept = None, 0
+        runner = ModelRunner(self._model, pool, None, self._speculator(pool))
+        kept = 0
         if sizes:
             before = probe.free()
-            graphs = self._graphs(pool, new_backend(), speculator, sizes)
-            with (
-                torch.inference_mode(),
-                refusing(
-                    f"the CUDA graphs of {len(sizes)} batch sizes do not fit beside the KV cache; lower "
-                    "--cuda-graph-max-bs or --mem-fraction-static"
-                ),
-            ):
-                graphs.capture()
+            runner.capture = partial(self._capture, runner, new_backend, sizes)
+            runner.capture()
             left = probe.free()
             kept = before - left
             if left < activations:
@@ -177,8 +170,17 @@ class DeviceSetup:
                     f"shown {format_bytes(graph_bytes)}: {format_bytes(left)} are left, and the largest step needs "
                     f"{format_bytes(activations)}; lower --cuda-graph-max-bs or --mem-fraction-static"
                 )
-        runner = _runner(self._model, pool, speculator, graphs)
         return runner, self._ledger(probe.total(), pool, graphs=kept, activations=activations, reserve=RESERVE_BYTES)
+
+    @torch.inference_mode()
+    def _capture(self, runner: ModelRunner, new_backend: Callable[[], GraphBackend], sizes: list[int]) -> None:
+        graphs = self._graphs(runner.pool, new_backend(), runner.speculator, sizes)
+        with refusing(
+            f"the CUDA graphs of {len(sizes)} batch sizes do not fit beside the KV cache; lower --cuda-graph-max-bs or "
+            "--mem-fraction-static"
+        ):
+            graphs.capture()
+        runner.use_graphs(graphs.plain, graphs.trees, graphs.drafter)
 
     @torch.inference_mode()
     def _measure(
@@ -283,16 +285,6 @@ class DeviceSetup:
             activations=activations,
             reserve=reserve,
         )
-
-
-def _runner(
-    model: DeepseekModel, pool: KVCachePool, speculator: Speculator | None, graphs: StepGraphs | None
-) -> ModelRunner:
-    if graphs is None:
-        return ModelRunner(model, pool, None, speculator)
-    if speculator is not None:
-        speculator.graphs = graphs.drafter
-    return ModelRunner(model, pool, graphs.plain, speculator, graphs.trees)
 
 
 def total_memory() -> int:

@@ -6,7 +6,7 @@ the next. Batches of decodes alone run as a captured graph where there is one; a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -16,7 +16,7 @@ from dsengine.engine.batch_inputs import BatchInputs, build_inputs
 from dsengine.engine.graph_runner import GraphRunner, TreeGraphs
 from dsengine.engine.lock_step import DECODE, LockStep, StepKind
 from dsengine.engine.request import Request
-from dsengine.engine.speculation import PreparedDrafts, Speculator, with_trees
+from dsengine.engine.speculation import DrafterGraphs, PreparedDrafts, Speculator, with_trees
 from dsengine.engine.step_outputs import StepOutputs
 from dsengine.memory.kv_cache import KVCachePool
 from dsengine.model.attention_plan import runs_absorbed
@@ -71,6 +71,9 @@ class ModelRunner:
         graphs: captured decode steps, as from `GraphRunner.capture`.
         tree_graphs: captured steps that verify the speculator's trees.
         speculator: drafts trees and verifies them; None decodes token by token.
+
+    Attributes:
+        capture: captures all steps that are to be replayed, and has the runner use them; None: none are.
     """
 
     def __init__(
@@ -86,7 +89,16 @@ class ModelRunner:
         self.graphs = graphs
         self.speculator = speculator
         self.tree_graphs = tree_graphs
+        self.capture: Callable[[], None] | None = None
         self.device = pool.layers[0].device
+
+    def use_graphs(
+        self, plain: GraphRunner | None, trees: TreeGraphs | None = None, drafter: DrafterGraphs | None = None
+    ) -> None:
+        """Replay these from now on, or nothing."""
+        self.graphs, self.tree_graphs = plain, trees
+        if self.speculator is not None:
+            self.speculator.graphs = drafter
 
     def prepare(
         self,

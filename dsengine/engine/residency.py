@@ -5,11 +5,12 @@ looked at its own files, and what fails on one of them afterwards is undone on a
 
 Tensors keep their identity throughout: only the memory under them is given back and taken again, so that nothing that
 holds one of them notices. Captured steps hold addresses instead: they stay right when weights are overwritten in place,
-and forbid that memory goes.
+but sleep forgets them, and waking captures them anew.
 """
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -55,14 +56,13 @@ class Residency:
         """Give memory back, keeping what `wake_up` cannot restore.
 
         Raises:
-            ValueError: there is no such level, the engine is asleep already, or its steps are captured; or the host has
-                no room for a rank's weights.
+            ValueError: there is no such level, the engine is asleep already, or the host has no room for a rank's
+                weights.
         """
         if level not in (1, 2):
             raise ValueError(f"level is {level}; it must be 1 or 2")
         if self.level:
             raise ValueError(f"the engine is asleep already, at level {self.level}")
-        self._check_not_captured()
         if level == 1 and self._runner.device.type == "cuda":
             weights = list(_storages(self._weights()))
             self._on_host = self._everywhere(lambda: [(storage, storage.cpu()) for storage in weights])
@@ -86,6 +86,7 @@ class Residency:
         self._sizes, self._on_host = [], []
         for layer in self._runner.pool.layers:
             layer.zero_()
+        self._capture()
         self.level = 0
 
     def update(self, checkpoint: Path) -> None:
@@ -136,13 +137,10 @@ class Residency:
             raise ValueError(problem)
         return result  # type: ignore[return-value]
 
-    def _check_not_captured(self) -> None:
-        if self._runner.graphs is not None:
-            raise ValueError("captured steps hold on to their memory; start the server with --disable-cuda-graph")
-
     def _lie_down(self, level: int) -> None:
         gone = self._weights() if level == 2 or self._on_host else ()
         self._sizes = [(storage, storage.nbytes()) for storage in _storages([*self._runner.pool.layers, *gone])]
+        self._runner.use_graphs(None)
         self._give_memory()
         self.level = level
 
@@ -150,11 +148,21 @@ class Residency:
         for storage, _ in self._sizes:
             storage.resize_(0)
         if self._runner.device.type == "cuda":
+            gc.collect()
             torch.cuda.empty_cache()
 
     def _take_memory(self) -> None:
         for storage, size in self._sizes:
             storage.resize_(size)
+
+    def _capture(self) -> None:
+        """Capture steps again, if they were; ranks meet while they do, so that one that cannot must end them all."""
+        if self._runner.capture is None or self._runner.graphs is not None:
+            return
+        try:
+            self._runner.capture()
+        except ValueError as error:
+            raise RuntimeError(f"the steps could not be captured again: {error}") from error
 
     def _copy_back(self) -> None:
         for storage, copy in self._on_host:

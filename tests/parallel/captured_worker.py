@@ -1,8 +1,9 @@
 """One rank of an engine whose decode steps are captured, started by test_captured_groups.py; writes what it has done.
 
 Usage: captured_worker.py RANK FOLDER, where FOLDER holds case.json: {checkpoint, num_valid_tokens, options, overlap,
-refusing, schedules}. Device and graphs are simulated: the engine is set up as on a GPU with room for everything, and
-replaying a graph calls its function. What is in `refusing` are ranks with kernels that cannot be captured.
+refusing, schedules, sleeps}. Device and graphs are simulated: the engine is set up as on a GPU that has room for all,
+and replaying a graph calls its function. What is in `refusing` are ranks with kernels that cannot be captured; what is
+in `sleeps` are levels of sleep, one behind each schedule, or 0 for none.
 """
 
 from __future__ import annotations
@@ -57,9 +58,9 @@ class RecordingRunner:
     """Writes down, for each step of a runner, the number of the graph that was replayed, in the order of their capture;
     -1: none was. It does so where the step runs, which may be behind the host."""
 
-    def __init__(self, runner: ModelRunner, graphs: ReplayedGraphs) -> None:
+    def __init__(self, runner: ModelRunner, backends: list[ReplayedGraphs]) -> None:
         self.replayed: list[int] = []
-        self._forward, self._graphs = runner.forward, graphs
+        self._forward, self._backends = runner.forward, backends
         pytest.MonkeyPatch().setattr(runner, "forward", self.forward)
 
     def forward(self, *args: Any) -> StepOutputs:
@@ -71,10 +72,12 @@ class RecordingRunner:
         return outputs
 
     def _counts(self) -> list[int]:
-        return [graph.num_replays for graph in self._graphs.captured]
+        return [graph.num_replays for graph in self._backends[-1].captured]
 
 
-def build(case: dict[str, Any], rank: int, world: World, device: SimulatedDevice) -> tuple[EngineCore, ReplayedGraphs]:
+def build(
+    case: dict[str, Any], rank: int, world: World, device: SimulatedDevice
+) -> tuple[EngineCore, list[ReplayedGraphs]]:
     backends = [ReplayedGraphs()]
 
     def new_backend() -> ReplayedGraphs:
@@ -96,7 +99,7 @@ def build(case: dict[str, Any], rank: int, world: World, device: SimulatedDevice
         queue=device if case["overlap"] else None,
         world=world,
     )
-    return core, backends[-1]
+    return core, backends
 
 
 def run(core: EngineCore, world: World, schedule: Schedule) -> dict[str, list[int]]:
@@ -149,15 +152,20 @@ def main(rank: int, folder: Path) -> None:
         timeout_s=60,
     )
     with contextlib.closing(SimulatedDevice()) as device:
-        core, graphs = build(case, rank, world, device)
-        recorder = RecordingRunner(core._launcher.runner, graphs)
+        core, backends = build(case, rank, world, device)
+        recorder = RecordingRunner(core._launcher.runner, backends)
+        num_backends = len(backends)
         tokens, steps = [], []
-        for schedule in case["schedules"]:
+        for schedule, level in zip(case["schedules"], case["sleeps"], strict=True):
             tokens.append(run(core, world, schedule))
             steps.append(core.num_steps)
+            if level:
+                core.maintain("sleep", str(level))
+                assert core._launcher.runner.graphs is None
+                core.maintain("wake_up", "")
     told = {
         "sizes": core.info.cuda_graph_bs,
-        "captured": len(graphs.captured),
+        "captured": [len(backend.captured) for backend in backends[num_backends - 1 :]],
         "experts_moved": experts_moved(core.model),
         "tokens": tokens,
         "drafts": drafts(core),
