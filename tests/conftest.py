@@ -21,9 +21,16 @@ def has_gpu() -> bool:
 HAS_GPU = has_gpu()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
+    os.environ["OMP_NUM_THREADS"] = "1"  # tests run beside each other: more threads would only wait for one another
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # the default of Triton 3.6; later versions warn and change it
 # numpy's products carry the interpreter's; with several threads their last bits depend on how busy the machine is.
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """What `-n auto` means: a process per core, of which each may hold a GiB; alone where all would share a GPU."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return 0 if HAS_GPU or cores == 1 else min(4, cores)
 
 
 @pytest.fixture(scope="session")
