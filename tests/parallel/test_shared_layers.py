@@ -31,7 +31,7 @@ def answers(llm: LLM) -> list[RequestOutput]:
     return llm.generate(prompt_token_ids=prompts, sampling_params=[scored, plain, scored])
 
 
-@pytest.mark.parametrize("options", [{}, TREES], ids=["plain", "trees"])
+@pytest.mark.parametrize("options", [pytest.param({}, marks=pytest.mark.slow), TREES], ids=["plain", "trees"])
 def test_tokens_and_scores_of_one_process(options: dict[str, Any]) -> None:
     with LLM(**OPTIONS) as one:
         expected = answers(one)
