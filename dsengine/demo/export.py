@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -21,7 +23,7 @@ from dsengine.demo import CHECKPOINT_DIR
 from dsengine.demo.model import Attention, DemoConfig, DemoModel, Layer, Mlp, Moe
 from dsengine.demo.tokenizer import save_tokenizer
 from dsengine.model.manifest import write_manifest
-from dsengine.quant.block_fp8 import quantize_block_fp8
+from dsengine.quant.block_fp8 import dequantize_block_fp8, quantize_block_fp8
 
 Tensors = dict[str, Tensor]
 ATTENTION_MATRICES = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
@@ -96,68 +98,99 @@ GENERATION_CONFIG = {
 }
 
 
-def put_fp8(out: Tensors, name: str, weight: Tensor) -> None:
-    values, scales = quantize_block_fp8(weight.detach().float(), (128, 128))
-    out[f"{name}.weight"], out[f"{name}.weight_scale_inv"] = values.contiguous(), scales.contiguous()
+@dataclass(frozen=True)
+class Stored:
+    """A parameter of the model, or a part of one, and how a checkpoint holds it: "fp8", "bf16" or "float32"."""
+
+    name: str
+    value: Tensor
+    form: str
 
 
-def put_bf16(out: Tensors, name: str, weight: Tensor) -> None:
-    out[f"{name}.weight"] = weight.detach().to(torch.bfloat16).contiguous()
-
-
-def put_gated(out: Tensors, prefix: str, gate_up: Tensor, down: Tensor) -> None:
+def gated(prefix: str, gate_up: Tensor, down: Tensor) -> Iterator[Stored]:
     gate, up = gate_up.chunk(2)
     for name, weight in (("gate_proj", gate), ("up_proj", up), ("down_proj", down)):
-        put_fp8(out, f"{prefix}.{name}", weight)
+        yield Stored(f"{prefix}.{name}.weight", weight, "fp8")
 
 
-def put_attention(out: Tensors, prefix: str, attention: Attention) -> None:
+def attention_parameters(prefix: str, attention: Attention) -> Iterator[Stored]:
     for name in ATTENTION_MATRICES:
-        put_fp8(out, f"{prefix}.{name}", getattr(attention, name))
-    put_bf16(out, f"{prefix}.q_a_layernorm", attention.q_a_layernorm.weight)
-    put_bf16(out, f"{prefix}.kv_a_layernorm", attention.kv_a_layernorm.weight)
+        yield Stored(f"{prefix}.{name}.weight", getattr(attention, name), "fp8")
+    yield Stored(f"{prefix}.q_a_layernorm.weight", attention.q_a_layernorm.weight, "bf16")
+    yield Stored(f"{prefix}.kv_a_layernorm.weight", attention.kv_a_layernorm.weight, "bf16")
 
 
-def put_moe(out: Tensors, prefix: str, moe: Moe) -> None:
-    put_bf16(out, f"{prefix}.gate", moe.gate)
-    out[f"{prefix}.gate.e_score_correction_bias"] = moe.bias.float().clone()
+def moe_parameters(prefix: str, moe: Moe) -> Iterator[Stored]:
+    yield Stored(f"{prefix}.gate.weight", moe.gate, "bf16")
+    yield Stored(f"{prefix}.gate.e_score_correction_bias", moe.bias, "float32")
     for index, (gate_up, down) in enumerate(zip(moe.experts_gate_up, moe.experts_down, strict=True)):
-        put_gated(out, f"{prefix}.experts.{index}", gate_up, down)
-    put_gated(out, f"{prefix}.shared_experts", moe.shared_experts.gate_up_proj, moe.shared_experts.down_proj)
+        yield from gated(f"{prefix}.experts.{index}", gate_up, down)
+    yield from gated(f"{prefix}.shared_experts", moe.shared_experts.gate_up_proj, moe.shared_experts.down_proj)
 
 
-def put_layer(out: Tensors, prefix: str, layer: Layer) -> None:
-    put_bf16(out, f"{prefix}.input_layernorm", layer.input_layernorm.weight)
-    put_bf16(out, f"{prefix}.post_attention_layernorm", layer.post_attention_layernorm.weight)
-    put_attention(out, f"{prefix}.self_attn", layer.self_attn)
+def layer_parameters(prefix: str, layer: Layer) -> Iterator[Stored]:
+    yield Stored(f"{prefix}.input_layernorm.weight", layer.input_layernorm.weight, "bf16")
+    yield Stored(f"{prefix}.post_attention_layernorm.weight", layer.post_attention_layernorm.weight, "bf16")
+    yield from attention_parameters(f"{prefix}.self_attn", layer.self_attn)
     if isinstance(layer.mlp, Mlp):
-        put_gated(out, f"{prefix}.mlp", layer.mlp.gate_up_proj, layer.mlp.down_proj)
+        yield from gated(f"{prefix}.mlp", layer.mlp.gate_up_proj, layer.mlp.down_proj)
     else:
-        put_moe(out, f"{prefix}.mlp", layer.mlp)
+        yield from moe_parameters(f"{prefix}.mlp", layer.mlp)
 
 
-def hub_tensors(model: DemoModel) -> Tensors:
-    out: Tensors = {}
-    put_bf16(out, "model.embed_tokens", model.embed_tokens)
-    put_bf16(out, "model.norm", model.norm.weight)
-    put_bf16(out, "lm_head", model.lm_head)
+def trunk_parameters(model: DemoModel) -> Iterator[Stored]:
+    yield Stored("model.embed_tokens.weight", model.embed_tokens, "bf16")
+    yield Stored("model.norm.weight", model.norm.weight, "bf16")
+    yield Stored("lm_head.weight", model.lm_head, "bf16")
     for index, layer in enumerate(model.layers):
         assert isinstance(layer, Layer)
-        put_layer(out, f"model.layers.{index}", layer)
+        yield from layer_parameters(f"model.layers.{index}", layer)
+
+
+def nextn_parameters(model: DemoModel) -> Iterator[Stored]:
     prefix = f"model.layers.{model.config.num_hidden_layers}"
-    put_layer(out, prefix, model.nextn)
-    put_bf16(out, f"{prefix}.enorm", model.enorm.weight)
-    put_bf16(out, f"{prefix}.hnorm", model.hnorm.weight)
-    put_bf16(out, f"{prefix}.eh_proj", model.eh_proj)
-    put_bf16(out, f"{prefix}.shared_head.norm", model.nextn_norm.weight)
+    yield from layer_parameters(prefix, model.nextn)
+    yield Stored(f"{prefix}.enorm.weight", model.enorm.weight, "bf16")
+    yield Stored(f"{prefix}.hnorm.weight", model.hnorm.weight, "bf16")
+    yield Stored(f"{prefix}.eh_proj.weight", model.eh_proj, "bf16")
+    yield Stored(f"{prefix}.shared_head.norm.weight", model.nextn_norm.weight, "bf16")
+
+
+@torch.no_grad()
+def hub_tensors(parameters: Iterable[Stored]) -> Tensors:
+    out: Tensors = {}
+    for stored in parameters:
+        if stored.form == "fp8":
+            values, scales = quantize_block_fp8(stored.value.float(), (128, 128))
+            out[stored.name], out[f"{stored.name}_scale_inv"] = values.contiguous(), scales.contiguous()
+        else:
+            dtype = torch.bfloat16 if stored.form == "bf16" else torch.float32
+            out[stored.name] = stored.value.to(dtype).clone().contiguous()
     return out
+
+
+@torch.no_grad()
+def load_export(directory: Path) -> tuple[DemoModel, Tokenizer]:
+    """The model of an exported checkpoint in its training form, with the values that the checkpoint holds."""
+    tensors = load_file(directory / "model.safetensors")
+    model = DemoModel(DemoConfig())
+    for stored in (*trunk_parameters(model), *nextn_parameters(model)):
+        value = tensors[stored.name]
+        if stored.form == "fp8":
+            value = dequantize_block_fp8(value, tensors[f"{stored.name}_scale_inv"], (128, 128))
+        stored.value.copy_(value)
+    return model, Tokenizer.from_file(str(directory / "tokenizer.json"))
+
+
+def save_tensors(tensors: Tensors, directory: Path) -> None:
+    partial = directory / "model.safetensors.partial"
+    save_file(tensors, partial, metadata={"format": "pt"})
+    partial.rename(directory / "model.safetensors")
 
 
 def export(model: DemoModel, tokenizer: Tokenizer, directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
-    partial = directory / "model.safetensors.partial"
-    save_file(hub_tensors(model), partial, metadata={"format": "pt"})
-    partial.rename(directory / "model.safetensors")
+    save_tensors(hub_tensors((*trunk_parameters(model), *nextn_parameters(model))), directory)
     for name, content in (("config", hub_config(model.config)), ("generation_config", GENERATION_CONFIG)):
         (directory / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     save_tokenizer(tokenizer, directory)

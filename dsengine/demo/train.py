@@ -78,7 +78,7 @@ class Recipe:
         return step >= self.steps * (1 - self.quantised_share)
 
 
-def optimisers(model: DemoModel, recipe: Recipe) -> list[torch.optim.Optimizer]:
+def optimisers(model: DemoModel) -> list[torch.optim.Optimizer]:
     single, doubled, rest, routers, embeddings = [], [], [], [], []
     for name, parameter in model.named_parameters():
         if name.endswith("mlp.gate"):
@@ -199,7 +199,7 @@ class Run:
         directory.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(recipe.seed)
         self.model = DemoModel(DemoConfig())
-        self.optimisers = optimisers(self.model, recipe)
+        self.optimisers = optimisers(self.model)
         self.tokenizer = self.load_tokenizer()
         self.seen = 0
 

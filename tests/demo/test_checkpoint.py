@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dsengine.demo import CHECKPOINT_DIR
-from dsengine.demo.export import hub_config, hub_tensors
+from dsengine.demo.export import hub_config, hub_tensors, nextn_parameters, trunk_parameters
 from dsengine.demo.model import DemoConfig, DemoModel
 
 DTYPES = {torch.float8_e4m3fn: "F8_E4M3", torch.bfloat16: "BF16", torch.float32: "F32"}
@@ -28,7 +28,8 @@ def test_size_budget():
 
 
 def test_header_is_what_the_export_writes(header):
-    expected = hub_tensors(DemoModel(DemoConfig()))
+    model = DemoModel(DemoConfig())
+    expected = hub_tensors((*trunk_parameters(model), *nextn_parameters(model)))
     assert header.keys() == expected.keys()
     for name, tensor in expected.items():
         assert header[name]["shape"] == list(tensor.shape), name
