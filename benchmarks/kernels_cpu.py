@@ -1,4 +1,7 @@
-"""How near the CPU backends come to what this machine can do, and how far ahead of the reference they are.
+"""How near the CPU backends come to what this machine can do, and how far ahead of torch and the reference they are.
+
+Of every operation the backend that is chosen on this machine is measured, the one of torch's own functions ("cpu" or
+"torch") and the reference, which compute the same on the same data.
 
 The roofline is measured in the same run: GFLOP/s of a plain float32 product and GB/s of a plain copy. An operation's
 bound is the larger of its arithmetic at that rate and its bytes at that bandwidth. Both rates are measured again before
@@ -21,6 +24,8 @@ from functools import partial
 import torch
 
 from dsengine.kernels.backend import Operation
+from dsengine.kernels.linear.api import LINEAR, linear
+from dsengine.kernels.mla_absorb.api import ABSORB_QUERIES, RELEASE_VALUES, absorb_queries, release_values
 from dsengine.kernels.mla_decode.api import MLA_DECODE, mla_decode
 from dsengine.kernels.mla_prefill.api import MLA_PREFILL, mla_prefill
 from dsengine.kernels.moe_experts.api import MOE_EXPERTS, moe_experts
@@ -43,9 +48,12 @@ class Case:
 @dataclass(frozen=True)
 class Result:
     name: str
-    cpu_ms: float
+    backend: str
+    ms: float
+    torch_ms: float
     ref_ms: float
     bound_ms: float
+    speedup_over_torch: float
     speedup_over_ref: float
     fraction_of_roofline: float
 
@@ -74,7 +82,10 @@ def machine(seconds: float, clock: Clock) -> tuple[float, float]:
 
 
 def decode_cases(dtype: torch.dtype) -> Iterator[Case]:
-    for requests, context, heads in ((1, 512, 16), (1, 16384, 16), (8, 1024, 16), (64, 128, 16), (64, 512, 16)):
+    for requests, context, heads in (
+        *((1, 512, 4), (1, 512, 16), (1, 16384, 16), (8, 1024, 16)),
+        *((64, 128, 16), (64, 512, 16)),
+    ):
         blocks = requests * context // BLOCK_SIZE
         cache = torch.randn(blocks, BLOCK_SIZE, RANK + ROPE, dtype=dtype)
         args = (
@@ -114,8 +125,8 @@ def prefill_cases(dtype: torch.dtype) -> Iterator[Case]:
 
 def expert_cases(dtype: torch.dtype) -> Iterator[Case]:
     for experts, top_k, hidden, inter, counts in (
-        (16, 4, 256, 128, (1, 16, 512)),
-        (64, 6, 2048, 352, (1, 64, 2000)),
+        (16, 4, 256, 128, (1, 4, 16, 64, 512)),
+        (64, 6, 2048, 352, (1, 16, 64, 2000)),
     ):
         w_gate_up = torch.randn(experts, 2 * inter, hidden, dtype=dtype) * hidden**-0.5
         w_down = torch.randn(experts, hidden, inter, dtype=dtype) * inter**-0.5
@@ -133,19 +144,49 @@ def expert_cases(dtype: torch.dtype) -> Iterator[Case]:
             )
 
 
+def linear_cases(dtype: torch.dtype) -> Iterator[Case]:
+    for width, outputs in ((256, 768), (2048, 2048)):
+        weight = torch.randn(outputs, width, dtype=dtype)
+        for tokens in (1, 2, 4, 8, 16, 32):
+            x = torch.randn(tokens, width, dtype=dtype)
+            yield Case(
+                f"linear tokens={tokens} in={width} out={outputs}",
+                LINEAR,
+                partial(linear, x, weight),
+                2.0 * tokens * weight.numel(),
+                weight.nbytes,
+            )
+
+
+def absorb_cases(dtype: torch.dtype) -> Iterator[Case]:
+    heads = 16
+    weight = torch.randn(heads, NOPE, RANK, dtype=dtype)
+    for tokens in (1, 4, 16, 32):
+        query, attended = (torch.randn(tokens, heads, width, dtype=dtype) for width in (NOPE, RANK))
+        work = 2.0 * tokens * weight.numel(), weight.nbytes
+        name = f"tokens={tokens} heads={heads}"
+        yield Case(f"absorb_queries {name}", ABSORB_QUERIES, partial(absorb_queries, query, weight), *work)
+        yield Case(f"release_values {name}", RELEASE_VALUES, partial(release_values, attended, weight), *work)
+
+
 def measure(case: Case, gflops: float, bandwidth: float, seconds: float, clock: Clock) -> Result:
-    loaded = {name: case.operation.backend(name).load() for name in ("cpu", "ref")}
+    names = [backend.name for backend in case.operation.backends if backend.is_available(torch.device("cpu"))[0]]
+    of_torch = next(name for name in names if name in ("cpu", "torch"))
+    loaded = {name: case.operation.backend(name).load() for name in (names[0], of_torch, "ref")}
     times = {
         name: best_seconds(partial(case.call, backend=backend), seconds, clock) for name, backend in loaded.items()
     }
-    bound = max(case.flops / (gflops * 1e9), case.bytes / (bandwidth * 1e9))
+    bound, best = max(case.flops / (gflops * 1e9), case.bytes / (bandwidth * 1e9)), times[names[0]]
     return Result(
         case.name,
-        round(times["cpu"] * 1e3, 4),
+        names[0],
+        round(best * 1e3, 4),
+        round(times[of_torch] * 1e3, 4),
         round(times["ref"] * 1e3, 4),
         round(bound * 1e3, 4),
-        round(times["ref"] / times["cpu"], 2),
-        round(bound / times["cpu"], 3),
+        round(times[of_torch] / best, 2),
+        round(times["ref"] / best, 2),
+        round(bound / best, 3),
     )
 
 
@@ -162,17 +203,21 @@ def main() -> None:
     torch.manual_seed(0)
     dtype: torch.dtype = getattr(torch, arguments.dtype)
     gflops = bandwidth = 0.0
-    print(f"{'operation':72} {'cpu ms':>9} {'ref ms':>9} {'bound ms':>9} {'ref/cpu':>8} {'of bound':>9}")
+    print(
+        f"{'operation':72} {'backend':>8} {'ms':>9} {'torch ms':>9} {'ref ms':>9} {'bound ms':>9} "
+        f"{'x torch':>8} {'x ref':>8} {'of bound':>9}"
+    )
     results = []
-    for cases in (decode_cases, prefill_cases, expert_cases):
+    for cases in (linear_cases, absorb_cases, decode_cases, prefill_cases, expert_cases):
         rates = machine(arguments.seconds, clock)
         gflops, bandwidth = max(gflops, rates[0]), max(bandwidth, rates[1])
         for case in cases(dtype):
             row = measure(case, gflops, bandwidth, arguments.seconds, clock)
             results.append(row)
             print(
-                f"{row.name:72} {row.cpu_ms:9.3f} {row.ref_ms:9.3f} {row.bound_ms:9.3f} "
-                f"{row.speedup_over_ref:8.2f} {row.fraction_of_roofline:9.0%}"
+                f"{row.name:72} {row.backend:>8} {row.ms:9.4f} {row.torch_ms:9.4f} {row.ref_ms:9.3f} "
+                f"{row.bound_ms:9.4f} {row.speedup_over_torch:8.2f} {row.speedup_over_ref:8.2f} "
+                f"{row.fraction_of_roofline:9.0%}"
             )
     print(f"\nfloat32 product {gflops:.0f} GFLOP/s, copy {bandwidth:.1f} GB/s, {threads} threads")
     report = {

@@ -15,8 +15,10 @@ from dsengine.kernels.backend import Operation
 from dsengine.kernels.embed.api import EMBED, Embed
 from dsengine.kernels.gather_latents.api import GATHER_LATENTS, GatherLatents
 from dsengine.kernels.gemm_fp8_block.api import GEMM_FP8_BLOCK, GemmFp8Block
+from dsengine.kernels.linear.api import LINEAR, Linear
 from dsengine.kernels.logits.api import PROCESS_LOGITS, ProcessLogits
 from dsengine.kernels.merge_attention.api import MERGE_ATTENTION, MergeAttention
+from dsengine.kernels.mla_absorb.api import ABSORB_QUERIES, RELEASE_VALUES, AbsorbQueries, ReleaseValues
 from dsengine.kernels.mla_decode.api import MLA_DECODE, MlaDecode
 from dsengine.kernels.mla_prefill.api import MLA_PREFILL, MlaPrefill
 from dsengine.kernels.mla_prep.api import MLA_PREP, MlaPrep
@@ -39,6 +41,7 @@ from dsengine.kernels.silu_mul.api import SILU_MUL, SILU_MUL_QUANT, SiluMul, Sil
 
 OPERATIONS: tuple[Operation, ...] = (
     EMBED,
+    LINEAR,
     RMS_NORM,
     ADD_RMS_NORM,
     RMS_NORM_QUANT,
@@ -46,7 +49,9 @@ OPERATIONS: tuple[Operation, ...] = (
     ROPE,
     MLA_PREP,
     GATHER_LATENTS,
+    ABSORB_QUERIES,
     MLA_DECODE,
+    RELEASE_VALUES,
     MLA_PREFILL,
     MERGE_ATTENTION,
     ROUTER_LOGITS,
@@ -75,6 +80,7 @@ class Kernels:
     """Every operation with its backend filled in; a field has the signature of the operation's function in `api.py`."""
 
     embed: Embed
+    linear: Linear
     rms_norm: RmsNorm
     add_rms_norm: AddRmsNorm
     rms_norm_quant: RmsNormQuant
@@ -82,7 +88,9 @@ class Kernels:
     rope: Rope
     mla_prep: MlaPrep
     gather_latents: GatherLatents
+    absorb_queries: AbsorbQueries
     mla_decode: MlaDecode
+    release_values: ReleaseValues
     mla_prefill: MlaPrefill
     merge_attention: MergeAttention
     router_logits: RouterLogits

@@ -67,9 +67,11 @@ def _prepare(setup: Setup, small: Small, operation: Operation) -> Callable[[int]
 def _work(setup: Setup, small: Small, tokens: int) -> Work | None:
     """Bytes of the arguments once, and as many again for the result, where that is more than L2 holds."""
     row_bytes = _ROW_BYTES.get(small.name)
-    if row_bytes is None or row_bytes(setup) * tokens <= L2_BYTES:
+    if row_bytes is None:
         return None
-    return Work(small.name, row_bytes(setup) * tokens, 0.0)
+    macs = _MULTIPLICATIONS[small.name](setup) if small.name in _MULTIPLICATIONS else 0
+    moved = row_bytes(setup) * tokens + 2 * macs  # every weight is multiplied with once per row
+    return Work(small.name, moved, 2.0 * macs * tokens) if moved > L2_BYTES else None
 
 
 def _published(name: str, tokens: int) -> Published:
@@ -197,6 +199,26 @@ def _embed(setup: Setup, tokens: int) -> Arguments:
     return (torch.randint(0, setup.config.vocab_size, (tokens,), device=setup.device), table), {}
 
 
+def _linear(setup: Setup, tokens: int) -> Arguments:
+    """The NextN layer's eh_proj, which no V3 checkpoint holds in FP8."""
+    hidden = setup.config.hidden_size
+    return (_rows(setup, tokens, 2 * hidden), random_tensor(hidden, 2 * hidden, device=setup.device)), {}
+
+
+def _absorb(setup: Setup, tokens: int) -> Arguments:
+    config = setup.config
+    heads, nope = config.num_attention_heads, config.qk_nope_head_dim
+    weight = random_tensor(heads, nope, config.kv_lora_rank, device=setup.device)
+    return (random_tensor(tokens, heads, nope, device=setup.device), weight), {}
+
+
+def _release(setup: Setup, tokens: int) -> Arguments:
+    config = setup.config
+    heads, rank = config.num_attention_heads, config.kv_lora_rank
+    weight = random_tensor(heads, config.v_head_dim, rank, device=setup.device)
+    return (random_tensor(tokens, heads, rank, device=setup.device), weight), {}
+
+
 SMALL: tuple[Small, ...] = (
     Small("add_rms_norm_quant", _add_norm),
     Small("moe_route", _route),
@@ -213,6 +235,9 @@ SMALL: tuple[Small, ...] = (
     Small("sample", _sample, (1, 8, 64, 128, 256)),
     Small("process_logits", _process_logits, (1, 8, 64, 128, 256)),
     Small("embed", _embed),
+    Small("linear", _linear),
+    Small("absorb_queries", _absorb),
+    Small("release_values", _release),
 )
 
 # Bytes read and written per token, where that is more than bookkeeping.
@@ -226,4 +251,7 @@ _ROW_BYTES: dict[str, Callable[[Setup], int]] = {
     "silu_mul_quant": lambda setup: 5 * setup.config.shared_intermediate_size,
     "merge_attention": lambda setup: 3 * 2 * setup.config.num_attention_heads * setup.config.v_head_dim,
     "gather_latents": lambda setup: 2 * 2 * setup.config.latent_dim,
+    "linear": lambda setup: 2 * 3 * setup.config.hidden_size,
 }
+# Of one row, for products with bf16 weights.
+_MULTIPLICATIONS: dict[str, Callable[[Setup], int]] = {"linear": lambda setup: 2 * setup.config.hidden_size**2}

@@ -81,7 +81,7 @@ def operations_against_capture(kernels: Kernels, has_fp8_weights: bool) -> list[
     return [
         f"{operation}={backend}"
         for operation, backend in kernels.table().items()
-        if backend in ("ref", "cpu") and operation not in exempt
+        if backend in ("ref", "cpu", "native") and operation not in exempt
     ]
 
 

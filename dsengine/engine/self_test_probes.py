@@ -136,6 +136,9 @@ class ProbeMaker:
         yield Probe("silu_mul_quant", f"{layer_prefix(0)}mlp", (gate_up,), {"scale_fmt": scale_fmt})
 
     def _linear(self) -> Iterator[Probe]:
+        head, _ = self._slices.weight("lm_head.weight", _ROWS)
+        for tokens in (1, _TOKENS, 40):
+            yield Probe("linear", "lm_head", (self._random(tokens, head.shape[1]), head))
         for name in (f"{self._attention}kv_a_proj_with_mqa.weight", f"{self._attention}o_proj.weight"):
             if not self._slices.is_fp8(name):
                 continue
@@ -183,6 +186,11 @@ class ProbeMaker:
             self._random(5, heads, rank, scale=0.3), self._random(5, heads, rope), cache, table, lengths, starts,
             config.softmax_scale,
         )  # fmt: skip
+        w_uk = self._random(heads, config.qk_nope_head_dim, rank, scale=0.1)
+        w_uv = self._random(heads, config.v_head_dim, rank, scale=0.1)
+        for tokens in (_TOKENS, 40):
+            yield Probe("absorb_queries", self._attention, (self._random(tokens, heads, w_uk.shape[1]), w_uk))
+            yield Probe("release_values", self._attention, (self._random(tokens, heads, rank), w_uv))
         for ancestors in (None, mask):
             yield Probe("mla_decode", self._attention, arguments, {"ancestor_mask": ancestors, "max_seqlen_q": 3})
 

@@ -42,7 +42,7 @@ class DeepseekModel:
         )
         self.layers = [DecoderLayer(slots, kernels, config, index) for index in range(config.num_hidden_layers)]
         self.norm = Norm(slots, kernels, "model.norm.weight", hidden, config.rms_norm_eps)
-        self.lm_head = LmHead(slots, config.vocab_size, hidden)
+        self.lm_head = LmHead(slots, kernels, config.vocab_size, hidden)
         self.nextn = NextnLayer(slots, kernels, config, self.embed, self.cos_sin) if with_nextn else None
 
     def embed(self, input_ids: Tensor) -> Tensor:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dsengine.kernels.quant_fp8_group.ref import AMAX_FLOOR
@@ -86,7 +85,7 @@ class Linear:
         activation = x if isinstance(x, Activation) else Activation(x)
         value = activation.value
         if self.scale is None:
-            return F.linear(value, self.weight)
+            return self._kernels.linear(value, self.weight)
         if not self._activations.is_fp8:
             return self._product(value, None, value.dtype)
         codes, scale = activation.codes, activation.scale

@@ -7,9 +7,9 @@ vocabulary can be cut. What travels are logits in the model's own type, half of 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from dsengine.kernels.registry import Kernels
 from dsengine.model.weights import Slot, WeightSlots
 from dsengine.parallel.collectives import Group
 from dsengine.parallel.exchange import gather_tokens, group_tokens, sum_over_group, token_shares
@@ -18,7 +18,8 @@ from dsengine.parallel.exchange import gather_tokens, group_tokens, sum_over_gro
 class LmHead:
     """Rows [vocab_size, hidden_size] of "lm_head.weight"; no model that is served shares them with its embedding."""
 
-    def __init__(self, slots: WeightSlots, vocab_size: int, hidden_size: int) -> None:
+    def __init__(self, slots: WeightSlots, kernels: Kernels, vocab_size: int, hidden_size: int) -> None:
+        self._linear = kernels.linear
         self._layout, self._vocab_size = slots.layout, vocab_size
         self.weight = vocabulary_rows(slots, "lm_head.weight", vocab_size, hidden_size, self._layout.lm_head)
 
@@ -30,9 +31,9 @@ class LmHead:
         """
         layout = self._layout
         if layout.lm_head.size == 1:
-            return F.linear(hidden, self.weight).float()
+            return self._linear(hidden, self.weight).float()
         if layout.lm_head is layout.attention:
-            logits = layout.attention.all_gather(F.linear(hidden, self.weight))
+            logits = layout.attention.all_gather(self._linear(hidden, self.weight))
         else:
             logits = self._over_world(hidden, rank_rows)
         return logits[:, : self._vocab_size].float()
@@ -46,7 +47,7 @@ class LmHead:
         if not shares.num_tokens:
             return hidden.new_empty((0, world.size * width))
         gathered, _ = gather_tokens(world, hidden[shares.own], shares)
-        parts = F.linear(gathered, self.weight)
+        parts = self._linear(gathered, self.weight)
         sent = [max(shares.counts)] * world.size if shares.is_padded else list(shares.counts)
         count = sent[world.rank]
         whole = world.all_to_all_rows(parts, sent, [count] * world.size).view(world.size, count, width)

@@ -8,7 +8,6 @@ of 192 and values of 128 per head, which makes each query-key pair 3.4 times che
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dsengine.kernels.registry import Kernels
@@ -92,11 +91,11 @@ class LatentAttention:
         if batch.num_tokens == 0:
             return x.value
         config = self._config
-        query, kv_a = torch.split(self.qkv_a(x), [self._query_width, config.latent_dim], dim=-1)
+        query, kv_a = self.qkv_a(x).split_with_sizes((self._query_width, config.latent_dim), dim=-1)
         if self.q_norm is not None and self.q_b is not None:
             query = self.q_b(self.q_norm.activation(query))
         query = query.reshape(-1, self._num_heads, config.qk_head_dim)
-        q_nope, q_rope = torch.split(query, [config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1)
+        q_nope, q_rope = query.split_with_sizes((config.qk_nope_head_dim, config.qk_rope_head_dim), dim=-1)
         q_rope, latents = self._kernels.mla_prep(
             q_rope, kv_a, self.kv_norm_weight, LATENT_NORM_EPS, cos_sin, batch.positions, batch.slot_mapping, kv_cache
         )
@@ -112,7 +111,7 @@ class LatentAttention:
 
     def store(self, x: Activation, positions: Tensor, slots: Tensor, cos_sin: Tensor, kv_cache: Tensor) -> None:
         """Store the latents of x [T, hidden_size] in the cache: all that later tokens need of them."""
-        _, kv_a = torch.split(self.qkv_a(x), [self._query_width, self._config.latent_dim], dim=-1)
+        _, kv_a = self.qkv_a(x).split_with_sizes((self._query_width, self._config.latent_dim), dim=-1)
         no_queries = kv_a.new_empty((kv_a.shape[0], 0, self._config.qk_rope_head_dim))
         self._kernels.mla_prep(
             no_queries, kv_a, self.kv_norm_weight, LATENT_NORM_EPS, cos_sin, positions, slots, kv_cache
@@ -120,7 +119,7 @@ class LatentAttention:
 
     def _attend_absorbed(self, q_nope: Tensor, q_rope: Tensor, part: AbsorbedPart, kv_cache: Tensor) -> Tensor:
         """[T, H, nope] and [T, H, rope] → [T, H · v], T the tokens of this part."""
-        q_latent = torch.bmm(q_nope.transpose(0, 1), self.w_uk).transpose(0, 1)
+        q_latent = self._kernels.absorb_queries(q_nope, self.w_uk)
         attended, _ = self._kernels.mla_decode(
             q_latent,
             q_rope,
@@ -133,7 +132,7 @@ class LatentAttention:
             max_seqlen_k=part.max_seqlen_k,
             ancestor_mask=part.ancestor_mask,
         )
-        return torch.bmm(attended.transpose(0, 1), self.w_uv.transpose(1, 2)).transpose(0, 1).flatten(1)
+        return self._kernels.release_values(attended, self.w_uv).flatten(1)
 
     def _attend_expanded(self, query: Tensor, latents: Tensor, part: ExpandedPart, kv_cache: Tensor) -> Tensor:
         """[T, H, nope + rope] and the new latents [T, R + rope] → [T, H · v], T the tokens of this part."""
@@ -181,7 +180,7 @@ class LatentAttention:
         config = self._config
         heads = self._num_heads
         latent, k_rope = torch.split(latents, [config.kv_lora_rank, config.qk_rope_head_dim], dim=-1)
-        per_head = F.linear(latent, self.kv_b).view(latents.shape[0], heads, -1)
+        per_head = self._kernels.linear(latent, self.kv_b).view(latents.shape[0], heads, -1)
         k_nope, values = torch.split(per_head, [config.qk_nope_head_dim, config.v_head_dim], dim=-1)
         keys = torch.cat((k_nope, k_rope.unsqueeze(1).expand(-1, heads, -1)), dim=-1)
         return keys, values

@@ -12,6 +12,7 @@ from dsengine.kernels.capability import needs_hopper
 from dsengine.kernels.checks import FLOATS, check_device, check_dtype, check_shape
 from dsengine.kernels.fp8_kv import fp8_kv_bytes, is_fp8_kv
 from dsengine.kernels.mla_decode.ref import mla_decode_ref
+from dsengine.kernels.native_support import needs_compiler
 
 
 class MlaDecode(Protocol):
@@ -134,6 +135,7 @@ MLA_DECODE = Operation(
             ("flash_mla", "triton"),
             needs_hopper,
         ),
+        Backend("native", "dsengine.kernels.mla_decode.native:mla_decode_native", ("cpu",), probe=needs_compiler),
         Backend("cpu", "dsengine.kernels.mla_decode.cpu:mla_decode_cpu", ("cpu",)),
         Backend("ref", "dsengine.kernels.mla_decode.ref:mla_decode_ref"),
     ),

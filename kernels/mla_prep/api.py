@@ -11,6 +11,7 @@ from dsengine.kernels.backend import Backend, Operation
 from dsengine.kernels.checks import FLOATS, INTS, check_device, check_dtype, check_shape
 from dsengine.kernels.fp8_kv import fp8_kv_bytes, is_fp8_kv
 from dsengine.kernels.mla_prep.ref import mla_prep_ref
+from dsengine.kernels.native_support import needs_compiler
 
 
 class MlaPrep(Protocol):
@@ -98,6 +99,7 @@ MLA_PREP = Operation(
     mla_prep,
     (
         Backend("triton", "dsengine.kernels.mla_prep.triton:mla_prep_triton", ("cuda",), ("triton",)),
+        Backend("native", "dsengine.kernels.mla_prep.native:mla_prep_native", ("cpu",), probe=needs_compiler),
         Backend("cpu", "dsengine.kernels.mla_prep.cpu:mla_prep_cpu", ("cpu",)),
         Backend("ref", "dsengine.kernels.mla_prep.ref:mla_prep_ref"),
     ),

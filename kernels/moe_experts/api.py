@@ -12,6 +12,7 @@ from dsengine.kernels.capability import needs_hopper
 from dsengine.kernels.checks import FLOATS, FP8, INTS, ceil_div, check_device, check_dtype, check_shape
 from dsengine.kernels.gemm_fp8_block.ref import BLOCK
 from dsengine.kernels.moe_experts.ref import moe_experts_ref
+from dsengine.kernels.native_support import needs_compiler
 from dsengine.kernels.quant_fp8_group.api import ScaleFormat
 
 
@@ -162,6 +163,7 @@ MOE_EXPERTS = Operation(
             ("deep_gemm", "triton"),
             probe=needs_hopper,
         ),
+        Backend("native", "dsengine.kernels.moe_experts.native:moe_experts_native", ("cpu",), probe=needs_compiler),
         Backend("cpu", "dsengine.kernels.moe_experts.cpu:moe_experts_cpu", ("cpu",)),
         Backend("ref", "dsengine.kernels.moe_experts.ref:moe_experts_ref"),
     ),

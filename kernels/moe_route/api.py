@@ -10,6 +10,7 @@ from torch import Tensor
 from dsengine.kernels.backend import Backend, Operation
 from dsengine.kernels.checks import FLOATS, check_device, check_dtype, check_shape
 from dsengine.kernels.moe_route.ref import moe_route_ref, router_logits_ref
+from dsengine.kernels.native_support import needs_compiler
 
 RoutingMethod = Literal["greedy", "group_limited_greedy", "noaux_tc"]
 ScoringFunction = Literal["softmax", "sigmoid"]
@@ -150,6 +151,7 @@ ROUTER_LOGITS = Operation(
     router_logits,
     (
         Backend("triton", "dsengine.kernels.moe_route.triton_gemm:router_logits_triton", ("cuda",), ("triton",)),
+        Backend("native", "dsengine.kernels.moe_route.native:router_logits_native", ("cpu",), probe=needs_compiler),
         Backend("ref", "dsengine.kernels.moe_route.ref:router_logits_ref"),
     ),
 )
@@ -158,6 +160,7 @@ MOE_ROUTE = Operation(
     moe_route,
     (
         Backend("triton", "dsengine.kernels.moe_route.triton:moe_route_triton", ("cuda",), ("triton",)),
+        Backend("native", "dsengine.kernels.moe_route.native:moe_route_native", ("cpu",), probe=needs_compiler),
         Backend("ref", "dsengine.kernels.moe_route.ref:moe_route_ref"),
     ),
 )

@@ -11,6 +11,7 @@ from torch import Tensor
 from dsengine.kernels.backend import Backend, Operation
 from dsengine.kernels.capability import needs_fp8_tensor_cores
 from dsengine.kernels.checks import FLOATS, check_device, check_dtype, check_shape
+from dsengine.kernels.native_support import needs_compiler
 from dsengine.kernels.quant_fp8_group.api import ScaleFormat, check_scale_fmt, empty_groups
 from dsengine.kernels.rms_norm.ref import add_rms_norm_quant_ref, add_rms_norm_ref, rms_norm_quant_ref, rms_norm_ref
 
@@ -158,6 +159,7 @@ RMS_NORM = Operation(
     rms_norm,
     (
         Backend("triton", "dsengine.kernels.rms_norm.triton:rms_norm_triton", ("cuda",), ("triton",)),
+        Backend("native", "dsengine.kernels.rms_norm.native:rms_norm_native", ("cpu",), probe=needs_compiler),
         Backend("cpu", "dsengine.kernels.rms_norm.cpu:rms_norm_cpu", ("cpu",)),
         Backend("ref", "dsengine.kernels.rms_norm.ref:rms_norm_ref"),
     ),
@@ -167,6 +169,7 @@ ADD_RMS_NORM = Operation(
     add_rms_norm,
     (
         Backend("triton", "dsengine.kernels.rms_norm.triton:add_rms_norm_triton", ("cuda",), ("triton",)),
+        Backend("native", "dsengine.kernels.rms_norm.native:add_rms_norm_native", ("cpu",), probe=needs_compiler),
         Backend("cpu", "dsengine.kernels.rms_norm.cpu:add_rms_norm_cpu", ("cpu",)),
         Backend("ref", "dsengine.kernels.rms_norm.ref:add_rms_norm_ref"),
     ),

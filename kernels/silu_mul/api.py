@@ -9,6 +9,7 @@ from torch import Tensor
 from dsengine.kernels.backend import Backend, Operation
 from dsengine.kernels.capability import needs_fp8_tensor_cores
 from dsengine.kernels.checks import FLOATS, check_dtype, check_shape
+from dsengine.kernels.native_support import needs_compiler
 from dsengine.kernels.quant_fp8_group.api import ScaleFormat, check_scale_fmt, empty_groups
 from dsengine.kernels.silu_mul.ref import silu_mul_quant_ref, silu_mul_ref
 
@@ -73,6 +74,7 @@ SILU_MUL = Operation(
     silu_mul,
     (
         Backend("triton", "dsengine.kernels.silu_mul.triton:silu_mul_triton", ("cuda",), ("triton",)),
+        Backend("native", "dsengine.kernels.silu_mul.native:silu_mul_native", ("cpu",), probe=needs_compiler),
         Backend("cpu", "dsengine.kernels.silu_mul.cpu:silu_mul_cpu", ("cpu",)),
         Backend("ref", "dsengine.kernels.silu_mul.ref:silu_mul_ref"),
     ),

@@ -14,7 +14,7 @@ from tiny_checkpoints import TINY_CONFIGS
 from dsengine.demo import CHECKPOINT_DIR
 from dsengine.engine.self_test import Probe, compare, verified_kernels
 from dsengine.engine.self_test_probes import ProbeMaker
-from dsengine.kernels.registry import OPERATIONS
+from dsengine.kernels.registry import OPERATIONS, select_kernels
 from dsengine.model.activations import ActivationFormat
 from dsengine.model.config import ModelConfig
 from dsengine.model.random_checkpoint import write_random_checkpoint
@@ -53,7 +53,7 @@ def test_cpu_kernels_pass_on_the_demo_model(options: dict[str, Any]) -> None:
     started = time.process_time()
     kernels, failures = verified_kernels(CPU, None, probes_of(Path(CHECKPOINT_DIR), **options))
     assert failures == []
-    assert kernels.table()["mla_decode"] == "cpu"
+    assert kernels.table()["mla_prefill"] == "cpu"
     assert time.process_time() - started < 20  # seconds of CPU: a runaway probe, not a speed
 
 
@@ -68,12 +68,13 @@ def break_backend(monkeypatch: pytest.MonkeyPatch, module: str, function: str, r
 
 
 def test_a_wrong_backend_is_named_and_replaced(demo: list[Probe], monkeypatch: pytest.MonkeyPatch) -> None:
-    break_backend(monkeypatch, "rms_norm.cpu", "rms_norm_cpu", lambda x, weight, eps: x * 1.5)
+    break_backend(monkeypatch, "rope.cpu", "rope_cpu", lambda x, cos_sin, positions: x * 1.5)
     kernels, (failure,) = verified_kernels(CPU, None, demo)
-    assert failure.startswith("rms_norm: backend cpu is wrong on model.layers.0.input_layernorm: result 0: relative")
-    assert kernels.table()["rms_norm"] == "ref"
-    assert kernels.table()["mla_decode"] == "cpu"
-    reason = next(reason for operation, _, reason in kernels.explain() if operation == "rms_norm")
+    layer = "model.layers.0.self_attn.kv_a_layernorm"
+    assert failure.startswith(f"rope: backend cpu is wrong on {layer}: result 0: relative")
+    assert kernels.table()["rope"] == "ref"
+    assert kernels.table()["mla_prefill"] == "cpu"
+    reason = next(reason for operation, _, reason in kernels.explain() if operation == "rope")
     assert "cpu failed the self-test" in reason
 
 
@@ -81,11 +82,11 @@ def test_a_raising_backend_is_replaced(demo: list[Probe], monkeypatch: pytest.Mo
     def fail(*args: Any, **keywords: Any) -> None:
         raise RuntimeError("no kernel image is available for execution on the device\nand more")
 
-    break_backend(monkeypatch, "mla_decode.cpu", "mla_decode_cpu", fail)
+    break_backend(monkeypatch, "mla_prefill.cpu", "mla_prefill_cpu", fail)
     kernels, (failure,) = verified_kernels(CPU, None, demo)
     assert "raises RuntimeError on model.layers.0.self_attn.: no kernel image" in failure
     assert "and more" not in failure
-    assert kernels.table()["mla_decode"] == "ref"
+    assert kernels.table()["mla_prefill"] == "ref"
 
 
 def test_a_forced_backend_that_fails_stops_the_start(demo: list[Probe], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,9 +104,10 @@ def test_results_written_in_place_count(demo: list[Probe], monkeypatch: pytest.M
         *inputs, kv_cache = arguments
         return reference(*inputs, kv_cache.clone())
 
-    break_backend(monkeypatch, "mla_prep.cpu", "mla_prep_cpu", store_nothing)
+    backend = select_kernels(CPU).table()["mla_prep"]
+    break_backend(monkeypatch, f"mla_prep.{backend}", f"mla_prep_{backend}", store_nothing)
     _, (failure,) = verified_kernels(CPU, None, demo)
-    assert failure.startswith("mla_prep: backend cpu is wrong")
+    assert failure.startswith(f"mla_prep: backend {backend} is wrong")
 
 
 def test_comparison() -> None:

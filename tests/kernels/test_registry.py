@@ -22,8 +22,8 @@ def test_every_operation_is_served_and_explained():
     assert set(kernels.table()) == {operation.name for operation in OPERATIONS}
     assert [row[:2] for row in kernels.explain()] == list(kernels.table().items())
     assert all(reason for _, _, reason in kernels.explain())
-    assert kernels.table()["mla_decode"] == "cpu"
-    assert kernels.table()["moe_route"] == "ref"
+    assert kernels.table()["mla_prefill"] == "cpu"
+    assert kernels.table()["gather_latents"] == "ref"
     normed = kernels.rms_norm(torch.full((2, 4), 3.0), torch.ones(4), 0.0)
     torch.testing.assert_close(normed, torch.ones(2, 4))
 
@@ -31,7 +31,7 @@ def test_every_operation_is_served_and_explained():
 def test_cuda_without_gpu_kernels_falls_back_to_the_reference(monkeypatch):
     monkeypatch.setattr("dsengine.kernels.backend.importlib.util.find_spec", lambda package: None)
     table = select_kernels(torch.device("cuda")).table()
-    assert set(table.values()) == {"ref"}
+    assert set(table.values()) == {"ref", "torch"}
     reason = {row[0]: row[2] for row in select_kernels(torch.device("cuda")).explain()}["rms_norm"]
     assert "triton needs the package triton, which is not installed" in reason
     assert "cpu runs on cpu, not on cuda" in reason

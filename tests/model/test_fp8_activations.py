@@ -32,7 +32,7 @@ def quantising_each_input(scale_fmt: str | None) -> Kernels:
             dequantize_groups(codes, groups).to(x.dtype), weight, weight_scale, out_dtype=out_dtype
         )
 
-    def experts(x: Tensor, *arguments: Tensor, **keywords: Any) -> Tensor:
+    def experts(x: Tensor, *arguments: Any, **keywords: Any) -> Tensor:
         assert keywords["x_scale"] is None
         codes, groups = kernels.quant_fp8_group(x, scale_fmt=scale_fmt)  # type: ignore[arg-type]
         return kernels.moe_experts(codes, *arguments, **keywords | {"x_scale": groups, "scale_fmt": scale_fmt})
