@@ -21,8 +21,8 @@ REMARKS = (
     "takes as long as the fullest group's rooflines, divided by --efficiency, and published costs of all-reduces and "
     "of DeepEP's dispatch and combine on Hopper; nothing is counted for launches and sampling, experts are chosen "
     "evenly, nothing is drafted. With --efficiency 1 it is a bound; no figure here was measured.",
-    "With attention-DP the engine itself exchanges tokens through torch.distributed and overlaps no exchanges with "
-    "computation: that part, and --overlap-communication, is what could be had.",
+    "The engine exchanges tokens through torch.distributed, or by DeepEP with --moe-exchange deepep, which has not run "
+    "on GPUs yet, and overlaps nothing with that: --overlap-communication is what could be had.",
 )
 
 

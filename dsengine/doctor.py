@@ -7,6 +7,7 @@ does not import, a checkpoint that was cut off while it was copied.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import importlib.util
 import json
@@ -36,6 +37,7 @@ _PACKAGES = ("torch", "triton", "numpy", "safetensors", "tokenizers", "huggingfa
 _OPTIONAL = {
     "flashinfer": "attention and sampling on NVIDIA GPUs; pip install 'dsengine[cuda]'",
     "deep_gemm": "FP8 matrix products on Hopper and later; install from github.com/deepseek-ai/DeepGEMM",
+    "deep_ep": "exchange of tokens between ranks (--moe-exchange deepep); install from github.com/deepseek-ai/DeepEP",
     "flash_mla": "MLA attention on Hopper and later; install from github.com/deepseek-ai/FlashMLA",
 }
 _GIB = 2**30
@@ -132,7 +134,11 @@ def _try_import(name: str) -> dict[str, Any]:
         module = importlib.import_module(name)
     except Exception as error:  # a vendor package may fail in any way; that is what the user wants to read
         return {"importable": False, "detail": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
-    return {"importable": True, "detail": str(getattr(module, "__version__", "installed"))}
+    version = getattr(module, "__version__", None)
+    if version is None:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            version = metadata.version(name)
+    return {"importable": True, "detail": str(version or "installed")}
 
 
 def describe_checkpoint(config: EngineConfig) -> dict[str, Any]:

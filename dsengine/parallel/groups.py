@@ -1,7 +1,7 @@
 """How the processes that run one model find each other, and the groups that they form.
 
-Nothing listens on more than it is given: gloo and NCCL get the one interface that leads to the other ranks, and the
-store of ranks on several machines a socket that is bound already, because torch's own would listen on every interface.
+Nothing listens on more than it is given: gloo, NCCL and NVSHMEM get the one interface that leads to the other ranks,
+and the store of ranks on several machines a socket that is bound already, because torch's own would listen everywhere.
 """
 
 from __future__ import annotations
@@ -136,6 +136,7 @@ def join_world(
         store = _open_store(host, port, rank, size, timeout)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")
+    os.environ.setdefault("NVSHMEM_BOOTSTRAP_UID_SOCK_IFNAME", interface)  # below DeepEP
     backend = "gloo"
     if device.type == "cuda":
         backend = "nccl"
