@@ -48,6 +48,7 @@ class GrammarStore:
         self._vocabulary: Any = None
         self._grammars: dict[str, Any] = {}
         self._speller = Speller(())
+        self._unspelt: frozenset[int] = frozenset()
         self._scratch = torch.zeros((1, -(-vocab_size // _WORD_BITS)), dtype=torch.int32)
 
     def load_vocabulary(self, tokens: Sequence[bytes], stop_token_ids: Sequence[int]) -> None:
@@ -62,6 +63,7 @@ class GrammarStore:
         )
         self._grammars.clear()
         self._speller = Speller(tokens)
+        self._unspelt = frozenset(self._vocabulary.special_token_ids)
 
     def load(self, key: str, data: str) -> None:
         """Keep a compiled grammar.
@@ -93,7 +95,8 @@ class GrammarStore:
             raise GrammarError(f"no grammar {key!r} has been loaded")
         import xgrammar
 
-        return GrammarState(xgrammar.GrammarMatcher(self._grammars[key]), after, self._speller, self._scratch)
+        matcher = xgrammar.GrammarMatcher(self._grammars[key])
+        return GrammarState(matcher, after, self._speller, self._unspelt, self._scratch)
 
 
 class GrammarState:
@@ -101,15 +104,19 @@ class GrammarState:
 
     Args:
         matcher: of xgrammar, at the grammar's beginning.
+        unspelt: tokens that no grammar takes; the matcher would write a line to standard error for each one offered.
         scratch: int32 [1, words], for a mask that is looked at only here.
 
     Attributes:
         error: why it can be followed no further; the request is to fail then.
     """
 
-    def __init__(self, matcher: Any, after: int | None, speller: Speller, scratch: Tensor) -> None:
+    def __init__(
+        self, matcher: Any, after: int | None, speller: Speller, unspelt: frozenset[int], scratch: Tensor
+    ) -> None:
         self._matcher = matcher
         self._speller = speller
+        self._unspelt = unspelt
         self._scratch = scratch
         self._after = after
         self._has_begun = after is None
@@ -205,7 +212,7 @@ class GrammarState:
             return 0
         if self._matcher.is_terminated():
             return 0
-        return 1 if self._matcher.accept_token(token) else None
+        return 1 if token not in self._unspelt and self._matcher.accept_token(token) else None
 
     def _fill(self, mask: Tensor, row: int) -> None:
         if self._has_begun and not self._matcher.is_terminated():

@@ -124,6 +124,15 @@ def test_drafts_that_the_grammar_forbids_constrain_nothing(store: GrammarStore) 
     assert rows[0] == rows[1] != set(range(VOCAB_SIZE)) and rows[2] == rows[3] == set(range(VOCAB_SIZE))
 
 
+@pytest.mark.parametrize("token", [END_THINK, VOCAB_SIZE - 1, EOS])
+def test_drafts_of_tokens_without_a_spelling_leave_no_line_in_the_log(
+    store: GrammarStore, token: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    request = request_of(store.start("regex", None))
+    assert allowed([request], [[[token]]]) == [set(range(VOCAB_SIZE))]
+    assert capfd.readouterr().err == ""
+
+
 def test_an_output_that_left_its_grammar_can_draw_nothing_more(store: GrammarStore) -> None:
     request = request_of(store.start("regex", None))
     request.output_token_ids.append(ord("x"))
