@@ -1,6 +1,6 @@
 """Everything worth knowing of a GPU that is at hand for ten minutes: are the kernels right, how fast, and a whole step?
 
-    python -m benchmarks.gpu --out results/            in the order of worth: tests, kernels, a rank's step, the rest
+    python -m benchmarks.gpu --out results/            in the order of worth: tests, kernels, a rank's steps, the rest
     python -m benchmarks.gpu --out results/            again: only what is missing or was cut off
     python -m benchmarks.gpu --out results/ --sections tests kernels --seconds 300
     python -m benchmarks.gpu --out results/ --device cpu --tiny --sections rank_step      a rehearsal
@@ -72,6 +72,7 @@ SECTIONS: tuple[Section, ...] = (
         210,
     ),
     Section("rank_step", ("benchmarks.rank_step", "--shares", "TP8", "EP32", "--seconds", "60"), 130),
+    Section("speculative_step", ("benchmarks.speculative_step", "--batch", "1", "8", "--seconds", "60"), 90),
     Section(
         "kernels_rest", ("benchmarks.kernels", "--sections", "small", "mla_prefill", "bf16", "--seconds", "25"), 80
     ),

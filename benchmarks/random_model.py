@@ -34,7 +34,7 @@ from dsengine.model.config import ModelConfig
 from dsengine.model.deepseek import DeepseekModel
 from dsengine.model.forward_batch import ForwardBatch
 from dsengine.model.moe import MixtureOfExperts, Router
-from dsengine.model.tensors import expected_tensors, layer_prefix
+from dsengine.model.tensors import expected_tensors, layer_prefix, nextn_tensors
 from dsengine.model.weights import Slot, WeightSlots
 from dsengine.plan.layout import Layout
 
@@ -90,7 +90,8 @@ class SyntheticRouting:
         return dataclasses.replace(self._kernels, moe_route=self._route, moe_experts=experts)
 
     def prepare(self, tokens: int) -> None:
-        """Makes the routings for batches of `tokens` on every rank; graphs captured before keep their own."""
+        """Makes the routings for batches of `tokens` on every rank, and smaller ones where no rank is absent; graphs
+        captured before keep their own."""
         self._variants = [self._make_variant(tokens) for _ in range(_VARIANTS)]
 
     def _make_variant(self, tokens: int) -> _Variant:
@@ -114,7 +115,7 @@ class SyntheticRouting:
         self._kernels.moe_route(logits, **options)
         self._next = (self._next + 1) % len(self._variants)
         variant = self._variants[self._next]
-        return variant.weights, variant.ids
+        return variant.weights[: len(logits)], variant.ids[: len(logits)]
 
     def _received_experts(
         self, x: Tensor, w_gate_up: Tensor, w_down: Tensor, topk_weights: Tensor, topk_ids: Tensor, **options: Any
@@ -153,7 +154,8 @@ class _Variant:
 def build_random_model(
     config: ModelConfig, kernels: Kernels, device: torch.device, *, router_experts: int | None = None
 ) -> DeepseekModel:
-    """A model of random weights: bf16, and block FP8 with FP8 activations where the config is quantised.
+    """A model of random weights: bf16, and block FP8 with FP8 activations where the config is quantised. It has a NextN
+    layer if the config says so.
 
     Args:
         config: of the model, or of a rank's share of it.
@@ -161,9 +163,11 @@ def build_random_model(
     """
     is_fp8 = config.quantization is not None
     scale_fmt = config.quantization.scale_fmt if config.quantization is not None else None
-    fp8 = frozenset(tensor.name for tensor in expected_tensors(config).values() if is_fp8 and tensor.may_be_fp8)
+    with_nextn = config.num_nextn_predict_layers > 0
+    tensors = expected_tensors(config) | (nextn_tensors(config) if with_nextn else {})
+    fp8 = frozenset(tensor.name for tensor in tensors.values() if is_fp8 and tensor.may_be_fp8)
     slots = WeightSlots(device, torch.bfloat16, fp8, ActivationFormat(is_fp8, scale_fmt))
-    model = DeepseekModel(slots, kernels, config, with_nextn=False)
+    model = DeepseekModel(slots, kernels, config, with_nextn=with_nextn)
     _fill(slots.by_name.values())
     if router_experts is not None and router_experts != config.n_routed_experts:
         _widen_routers(model, kernels, dataclasses.replace(config, n_routed_experts=router_experts))

@@ -13,7 +13,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import anchors, gpu, kernels, rank_step, v2_lite  # noqa: E402
+from benchmarks import anchors, gpu, kernels, rank_step, speculative_step, v2_lite  # noqa: E402
 from benchmarks.gpu_data import (  # noqa: E402
     fp8_weight,
     num_copies,
@@ -218,6 +218,21 @@ def test_a_ranks_step_rehearses_on_a_cpu(tmp_path, capsys):
     assert "does not fit" in capsys.readouterr().out
 
 
+def test_speculative_steps_rehearse_on_a_cpu(tmp_path, capsys):
+    out = tmp_path / "steps.json"
+    words = ["--device", "cpu", "--tiny", "--batch", "2", "--tree", "2/2/5", "--repeats", "1", "--out", str(out)]
+    assert speculative_step.main(words) == 0
+    summary = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [(s["tree"], s["captured"]) for s in summary["steps"]] == [
+        ("none", True),
+        ("none", False),
+        ("2/2/5", True),
+        ("2/2/5", False),
+    ]
+    assert all(s["step_ms"] > 0 and s["parts_ms"]["catch up"] > 0 for s in summary["steps"])
+    assert summary["steps"][2]["parts_ms"]["draft"] > 0 and json.loads(out.read_text())["steps"] == summary["steps"]
+
+
 def test_a_share_is_what_the_plan_counts():
     """Bytes of a rank's weights as the benchmark builds them, against the plan's share."""
     config = ModelConfig.from_hub(tiny_v3())
@@ -320,7 +335,7 @@ def test_without_a_gpu_nothing_is_written(tmp_path, capsys):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-@pytest.mark.parametrize("program", [kernels, rank_step, v2_lite])
+@pytest.mark.parametrize("program", [kernels, rank_step, speculative_step, v2_lite])
 def test_without_a_gpu_the_programs_say_so(program, capsys):
     assert program.main([]) == 2 and "no GPU" in capsys.readouterr().err
     with pytest.raises(SystemExit):
