@@ -23,8 +23,8 @@ class EngineProcessArgs(msgspec.Struct, frozen=True):
         folder: that only this user may enter: where the ranks of one machine meet.
         rank: of the process, where several run the model; rank 0 starts the others of its machine.
         parent: the process that holds the other end of standard input.
-        weights: local folder of others that have taken the place of the checkpoint's weights; what rank 0 is told goes
-            for all ranks.
+        weights: local folder of others that have taken the place of the checkpoint's weights; rank 0, which alone is
+            told, tells the others.
         has_heartbeats: rank 0 is heard of every second, even when there is nothing to do.
     """
 

@@ -91,12 +91,8 @@ def _lead(
 
 def rank_lines(args: EngineProcessArgs, folder: str, ranks: list[int]) -> dict[int, bytes]:
     """What each of these ranks, as a child of this process, is told at its start."""
-    return {
-        rank: msgspec.json.encode(
-            msgspec.structs.replace(args, rank=rank, folder=folder, parent=os.getpid(), address="", show_progress=False)
-        )
-        for rank in ranks
-    }
+    args = msgspec.structs.replace(args, folder=folder, parent=os.getpid(), address="", weights="", show_progress=False)
+    return {rank: msgspec.json.encode(msgspec.structs.replace(args, rank=rank)) for rank in ranks}
 
 
 def follow(args: EngineProcessArgs) -> None:

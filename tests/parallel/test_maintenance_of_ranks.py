@@ -14,9 +14,11 @@ import httpx
 import pytest
 from maintenance_helpers import ADMIN_FLAGS, ASK, admin, ask, copy_of_demo, edit, resident_bytes
 from server_process import ServerProcess, running_server, wait_until
+from tiny_engine import tokens
 
 from dsengine import LLM, SamplingParams
 from dsengine.engine.leading_core import LeadingCore
+from dsengine.engine.messages import AddRequest
 
 FLAGS = ("--tp-size", "2", "--weight-format", "dequantized", "--max-total-tokens", "65536")
 
@@ -79,16 +81,22 @@ def test_other_weights_outlast_the_ranks(server: ServerProcess) -> None:
     wait_until(server.is_idle, 5.0)
 
 
-def test_maintenance_may_take_longer_than_a_step() -> None:
+def test_groups_rest_together_and_may_take_longer_than_a_step() -> None:
     options: dict[str, Any] = {"weight_format": "dequantized", "num_threads": 1, "max_total_tokens": 512}
     greedy = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
-    with LLM(tp_size=2, dist_timeout=2, progress=False, **options) as llm:
+    prompts = ["1, 2, 3,", "347 + 285 = ", "Hello"]
+    with LLM(tp_size=2, attn_dp_size=2, dist_timeout=2, progress=False, **options) as llm:
         assert isinstance(llm.core, LeadingCore)
-        expected = llm.generate("1, 2, 3,", greedy)[0].outputs[0].token_ids
+        expected = tokens(llm.generate(prompts, greedy))
+        llm.core.add_request(AddRequest("running", [5, 6, 7], greedy), time.monotonic())
+        with pytest.raises(ValueError, match=r"rank [01]: requests are running or waiting"):
+            llm.core.maintain("sleep", "1")
+        llm.core.abort(["running"])
         pid = llm.core.info.ranks[1].pid
         os.kill(pid, signal.SIGSTOP)
         threading.Timer(4, os.kill, (pid, signal.SIGCONT)).start()
         started = time.monotonic()
         assert llm.core.maintain("sleep", "1") == 1 and time.monotonic() - started > 3
+        assert [group.sleep_level for group in llm.core.stats().groups] == [1, 1]
         assert llm.core.maintain("wake_up", "") == 0
-        assert llm.generate("1, 2, 3,", greedy)[0].outputs[0].token_ids == expected
+        assert tokens(llm.generate(prompts, greedy)) == expected
