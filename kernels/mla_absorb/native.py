@@ -8,7 +8,7 @@ from torch import Tensor
 from dsengine.kernels.mla_absorb.vendor import absorb_queries_torch, release_values_torch
 from dsengine.kernels.native_support import Integer, Pointer, c_function
 
-MAX_TOKENS = 16  # with more, large products are the faster ones
+MAX_TOKENS = 64  # measured beside MKL on an AMD EPYC: 2 to 3.5 times as fast at 4 tokens, 1.2 to 1.9 times at 64
 
 _ARGUMENTS = (Pointer, Integer, Integer, Pointer, Integer, Pointer, Integer, Integer, Integer, Integer)
 _absorb_queries = c_function("absorb_queries", *_ARGUMENTS)

@@ -8,7 +8,7 @@ from torch import Tensor
 from dsengine.kernels.mla_prep.cpu import mla_prep_cpu
 from dsengine.kernels.native_support import Integer, Pointer, Real, c_function
 
-MAX_TOKENS = 64  # with more, torch's threads and vectors make up for its calls
+MAX_TOKENS = 256  # with more, torch's threads make up for its calls
 
 _mla_prep = c_function(
     "mla_prep",

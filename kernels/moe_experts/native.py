@@ -9,7 +9,8 @@ from dsengine.kernels.moe_experts.cpu import moe_experts_cpu
 from dsengine.kernels.native_support import Integer, Pointer, c_function
 from dsengine.kernels.quant_fp8_group.api import ScaleFormat
 
-MAX_ROWS = 16  # (token, expert) pairs for each expert, on average: with more, torch's products are the faster ones
+CHUNK_ROWS = 64  # as in native.c
+MAX_ROWS = 64  # (token, expert) pairs for each expert, on average: with more, libraries may have the faster products
 
 _moe_experts = c_function("moe_experts", *[Pointer] * 8, *[Integer] * 5)
 
@@ -47,7 +48,7 @@ def moe_experts_native(
         topk_weights = torch.ones(topk_ids.shape)
     x, topk_weights, topk_ids = x.contiguous(), topk_weights.contiguous(), topk_ids.long().contiguous()
     out = torch.empty((tokens, hidden))
-    scratch = torch.empty(pairs * (2 * hidden + 3 * inter))
+    scratch = torch.empty(CHUNK_ROWS * (2 * hidden + 3 * inter))
     places = torch.empty(experts + pairs, dtype=torch.int64)
     tensors = (x, w_gate_up, w_down, topk_weights, topk_ids, out, scratch, places)
     _moe_experts(*[tensor.data_ptr() for tensor in tensors], tokens, top_k, experts, hidden, inter)

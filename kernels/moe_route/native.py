@@ -9,7 +9,7 @@ from dsengine.kernels.linear.native import linear_native
 from dsengine.kernels.moe_route.ref import moe_route_ref
 from dsengine.kernels.native_support import Integer, Pointer, Real, c_function
 
-MAX_TOKENS = 64  # with more, torch's threads make up for its calls
+MAX_TOKENS = 256  # with more, torch's threads make up for its calls
 METHODS = ("greedy", "group_limited_greedy", "noaux_tc")  # numbered as in native.c
 
 _moe_route = c_function("moe_route", *[Pointer] * 5, *[Integer] * 8, Real)

@@ -8,7 +8,7 @@ from torch import Tensor
 from dsengine.kernels.native_support import Integer, Pointer, Real, c_function
 from dsengine.kernels.rms_norm.cpu import add_rms_norm_cpu, rms_norm_cpu
 
-MAX_ROWS = 64  # with more, torch's threads and vectors make up for its calls
+MAX_ROWS = 256  # with more, torch's threads make up for its calls
 
 _rms_norm = c_function("rms_norm", Pointer, Integer, Pointer, Real, Pointer, Integer, Integer)
 _add_rms_norm = c_function("add_rms_norm", Pointer, Pointer, Pointer, Real, Pointer, Pointer, Integer, Integer)

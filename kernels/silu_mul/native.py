@@ -8,7 +8,7 @@ from torch import Tensor
 from dsengine.kernels.native_support import Integer, Pointer, c_function
 from dsengine.kernels.silu_mul.cpu import silu_mul_cpu
 
-MAX_ROWS = 64  # with more, torch's threads make up for its calls
+MAX_ROWS = 256  # with more, torch's threads make up for its calls
 
 _silu_mul = c_function("silu_mul", Pointer, Integer, Pointer, Integer, Integer)
 

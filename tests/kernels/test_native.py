@@ -12,6 +12,7 @@ import torch
 from dsengine.kernels import native_support
 from dsengine.kernels.linear.api import LINEAR, linear
 from dsengine.kernels.mla_absorb.api import ABSORB_QUERIES, RELEASE_VALUES, absorb_queries, release_values
+from dsengine.kernels.moe_experts.api import MOE_EXPERTS, moe_experts
 from dsengine.kernels.native_support import BuildError, c_function, needs_compiler
 from dsengine.kernels.registry import OPERATIONS, select_kernels
 
@@ -40,7 +41,7 @@ def outputs_start_as_nan(monkeypatch):
 @pytest.mark.parametrize("outputs", [1, 3, 4, 7, 96])
 def test_linear(backend, width, outputs):
     weight = torch.randn(outputs, width)
-    for rows in (0, 1, 2, 3, 4, 5, 7, 16, 17, 40):
+    for rows in (0, 1, 2, 3, 4, 5, 7, 16, 17, 70):
         x = torch.randn(rows, width + 3)[:, 1 : width + 1]
         expected = (x.double() @ weight.double().T).float()
         torch.testing.assert_close(linear(x, weight, backend=backend), expected, atol=3e-5, rtol=1e-5)
@@ -113,7 +114,7 @@ SHAPES = [
     (3, 1, 5, 37, 11),
     (6, 3, 16, 70, 9),
     (16, 2, 32, 64, 33),
-    (17, 2, 8, 16, 4),
+    (70, 2, 8, 16, 4),
 ]
 
 
@@ -147,6 +148,17 @@ def test_absorption_names_what_does_not_fit():
         absorb_queries(query, w_uv)
     with pytest.raises(ValueError, match=r"w_uv has shape \[1, 4, 16\]; expected \[2, any, 16\]"):
         release_values(attended, w_uv[:1])
+
+
+@compiled
+def test_an_expert_with_more_tokens_than_are_computed_at_a_time():
+    native = MOE_EXPERTS.backend("native").load()
+    x, w_gate_up, w_down = torch.randn(150, 32), torch.randn(4, 24, 32), torch.randn(4, 32, 12)
+    ids = torch.tensor([2, 0, -1]).repeat(50).sort().values[:, None]
+    ids[60:] = 2
+    weights = torch.rand(150, 1)
+    actual = moe_experts(x, w_gate_up, w_down, weights, ids, backend=native)
+    torch.testing.assert_close(actual, moe_experts(x, w_gate_up, w_down, weights, ids), atol=1e-4, rtol=1e-4)
 
 
 # How they are built.
