@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from dsengine.engine.batch import ScheduledBatch
 from dsengine.specdec.shape import TreeShape
 
-_MARGIN = 0.9  # of the target that a step may be expected to take
+_MARGIN = 0.9  # of a target that may be expected to pass
 _DECODE_DECAY = 0.98  # of what was observed of steps, per step
 _CHUNK_DECAY = 0.9  # and of prompts beside them, per step that has any
 _FIRST_CHUNK = 128  # tokens of prompts, until something is known of them
@@ -109,7 +109,7 @@ class LatencyController:
     def __init__(self, largest: int, target_itl: float, target_ttft: float | None = None) -> None:
         self._largest = largest
         self._target = _MARGIN * target_itl
-        self._target_ttft = target_ttft
+        self._target_ttft = None if target_ttft is None else _MARGIN * target_ttft
         self._open: tuple[float, Work] | None = None
         self._decodes = Line(_DECODE_DECAY)  # seconds of a step without prompts, over its tokens
         self._chunks = Line(_CHUNK_DECAY)  # seconds of a prompt's token beside decodes, over the tokens before it
