@@ -36,10 +36,11 @@ class Usage:
         return {"usage": self.body() if usage_in == "every" else None}
 
     def body(self) -> dict[str, Any]:
-        details = {"reasoning_tokens": self.reasoning_tokens}
-        if self._drafted:
-            details["accepted_prediction_tokens"] = self._accepted
-            details["rejected_prediction_tokens"] = self._drafted - self._accepted
+        details = {
+            "reasoning_tokens": self.reasoning_tokens,
+            "accepted_prediction_tokens": self._accepted,
+            "rejected_prediction_tokens": self._drafted - self._accepted,
+        }
         return {
             "prompt_tokens": self._prompt_tokens,
             "completion_tokens": self._completion_tokens,

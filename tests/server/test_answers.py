@@ -113,7 +113,11 @@ def test_chat_answer_in_full() -> None:
         "completion_tokens": num_tokens,
         "total_tokens": prompt + num_tokens,
         "prompt_tokens_details": {"cached_tokens": 3},
-        "completion_tokens_details": {"reasoning_tokens": thought},
+        "completion_tokens_details": {
+            "reasoning_tokens": thought,
+            "accepted_prediction_tokens": 0,
+            "rejected_prediction_tokens": 0,
+        },
     }
 
 

@@ -63,7 +63,7 @@ def test_usage_counts_drafts() -> None:
     }
     plain = Usage([[1]], 1)
     plain.add(Delta(0, token_ids=[4]))
-    assert plain.body()["completion_tokens_details"] == {"reasoning_tokens": 0}
+    assert set(plain.body()["completion_tokens_details"].values()) == {0}
 
 
 def test_a_server_tells_the_truth(tmp_path: Path) -> None:
