@@ -193,7 +193,8 @@ class DeepEp:
                 explicitly_destroy=True,  # a destructor would wait for ranks that may be gone; it goes with the process
                 comm=TensorCommunicator(self._world, device),
             )
-        except (RuntimeError, AssertionError) as error:  # what its C++ and its Python raise
+        except (RuntimeError, AssertionError, AttributeError) as error:
+            # What its C++ and its Python raise; on PCIe cards it looks for links between the members of no group.
             raise ValueError(f"DeepEP cannot connect {size} ranks: {error}") from error
 
     def _room_for_low_latency(self) -> tuple[int, int]:

@@ -19,6 +19,7 @@ import torch
 import torch.distributed.distributed_c10d as c10d
 from replayed_graphs import ReplayedFunction, ReplayedGraphs
 
+from dsengine.engine import exchange_graphs
 from dsengine.parallel import deep_ep
 from dsengine.parallel.groups import World
 
@@ -67,6 +68,8 @@ def main(rank: int, folder: Path, address: str | None) -> None:
     patch.setattr(fake_deep_ep, "ranks_per_node", told["ranks_per_node"])
     patch.setattr(fake_deep_ep, "topk_idx_t", torch.int32 if told["int32"] else torch.int64)
     patch.setattr(ReplayedFunction, "replay", in_graph(ReplayedFunction.replay))
+    replays = property(lambda cleaned: cleaned._captured.num_replays)
+    patch.setattr(exchange_graphs._CleanedFunction, "num_replays", replays, raising=False)
     patch.setattr(ReplayedGraphs, "capture", in_graph(ReplayedGraphs.capture))
     if address is None:
         captured_worker.main(rank, folder)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from rank_processes import run_worker
 from safetensors.torch import load_file
 from test_dp_attention import BF16, DEMO, FP8, HUB_CONFIGS, MIXES, MOVING, RANKS, case, check, random_schedules
-from tiny_engine import TOKENIZER_SIZE, random_prompts, write_tiny_checkpoint
+from tiny_engine import random_prompts, write_tiny_checkpoint
 
 from dsengine import LLM, SamplingParams
 from dsengine.model.random_checkpoint import write_random_checkpoint
@@ -83,43 +84,43 @@ def test_between_nodes_and_with_short_identifiers(tmp_path: Path, checkpoints: d
         check(one, found)
 
 
+def run_with_stand_in(worker: str, count: int, folder: Path, *, helpers: Sequence[str], timeout_s: float) -> None:
+    """`run_worker`, in processes where the stand-in is DeepEP."""
+    (folder / "fake.json").write_text(json.dumps(FAKE))
+    run_worker("deep_ep_worker.py", count, folder, helpers=[*helpers, "model"], timeout_s=timeout_s)
+
+
 @pytest.mark.parametrize(
-    "options",
+    ("ranks", "options"),
     [
-        {"tp_size": 2, "attn_dp_size": 2, "ep_size": 2},
-        {"tp_size": 2, "attn_dp_size": 2, "ep_size": 2, **captured.TREES},
-        pytest.param({"tp_size": 4, "attn_dp_size": 2, "ep_size": 4, **captured.MOVING}, marks=pytest.mark.slow),
+        (2, captured.TREES),
+        pytest.param(2, {}, marks=pytest.mark.slow),
+        pytest.param(4, captured.MOVING | captured.SHARED, marks=pytest.mark.slow),
     ],
-    ids=["plain", "trees", "experts move"],
+    ids=["trees", "plain", "experts move and all ranks share dense layers"],
 )
-def test_steps_of_few_tokens_are_replayed(tmp_path: Path, options: dict[str, Any]) -> None:
+def test_steps_of_few_tokens_are_replayed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranks: int, options: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(captured, "run_worker", run_with_stand_in)
     checkpoint = write_tiny_checkpoint(tmp_path / "random-v3")
     prompts = random_prompts(5, longest=captured.LONGEST)
-    scripts = [captured.SCRIPT, *captured.random_scripts(6, 2, len(prompts))]
-    settings = captured.OPTIONS | options | {"moe_exchange": "deepep", "cuda_graph_bs": (1, 2, 4)}
-    folder = tmp_path / "world"
-    folder.mkdir()
-    (folder / "fake.json").write_text(json.dumps(FAKE))
-    written = [[[[(prompts[p], n) for p, n in group] for group in step or [[], []]] for step in s] for s in scripts]
-    told_of = {"checkpoint": str(checkpoint), "num_valid_tokens": TOKENIZER_SIZE, "options": settings, "overlap": False}
-    (folder / "case.json").write_text(json.dumps(told_of | {"refusing": [], "schedules": written}))
-    size = options["tp_size"]
-    run_worker("deep_ep_worker.py", size, folder, helpers=["model", "engine"], timeout_s=TIMEOUT_S)
-    told = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(size)]
     params = SamplingParams(temperature=0, max_tokens=captured.OUTPUT_LENGTH, ignore_eos=True)
     with LLM(str(checkpoint), block_size=8, context_length=96, num_threads=1, progress=False) as llm:
         alone = [llm.generate(prompt_token_ids=p, sampling_params=params)[0].outputs[0].token_ids for p in prompts]
-    for rank, each in enumerate(told):
-        group = rank * 2 // size
-        for script, tokens in zip(scripts, each["tokens"], strict=True):
-            steps = [step or [[], []] for step in script]
-            assert tokens == {
-                f"{number}-{place}": alone[prompt][:count]
-                for number, step in enumerate(steps)
-                for place, (prompt, count) in enumerate(step[group])
-            }
-        assert each["replayed"] == told[0]["replayed"] and each["sizes"] == [1, 2, 4]
-    assert {-1, 0} < captured.replays(told)
+    bench = captured.Bench(tmp_path, checkpoint, prompts, alone)
+    scripts = [captured.SCRIPT, *captured.random_scripts(6, 2, len(prompts))]
+    told = bench.run(
+        scripts,
+        tp_size=ranks,
+        attn_dp_size=2,
+        ep_size=ranks,
+        moe_exchange="deepep",
+        cuda_graph_bs=(1, 2, 4, 6),
+        **options,
+    )
+    assert all(each["sizes"] == [1, 2, 4, 6] for each in told)
+    assert len(captured.replays(told)) > 2 and -1 in captured.replays(told)
 
 
 def library(**changes: Any) -> SimpleNamespace:
