@@ -14,6 +14,7 @@ import httpx
 import pytest
 from maintenance_helpers import ADMIN_FLAGS, ASK, admin, ask, copy_of_demo, edit, resident_bytes
 from server_process import ServerProcess, running_server, wait_until
+from test_nodes import two_nodes
 from tiny_engine import tokens
 
 from dsengine import LLM, SamplingParams
@@ -79,6 +80,21 @@ def test_other_weights_outlast_the_ranks(server: ServerProcess) -> None:
     assert not set(pids) & set(ranks_of(server))
     assert ask(server) == changed
     wait_until(server.is_idle, 5.0)
+
+
+@pytest.mark.slow
+def test_other_weights_outlast_the_ranks_of_two_machines(tmp_path: Path, root: Path) -> None:
+    with two_nodes(tmp_path, *ADMIN_FLAGS, "--weight-update-root", str(root)) as (server, _):
+        expected = answer(server)
+        assert admin(server, "/update_weights_from_disk", model_path="other").json()["success"]
+        changed = answer(server)
+        assert ask(server) != expected
+        pids = ranks_of(server)
+        os.kill(pids[1], signal.SIGKILL)
+        wait_until(lambda: server.health() != 200, 30, server.log_text)
+        wait_until(lambda: server.health() == 200, 90, server.log_text)
+        assert not set(pids) & set(ranks_of(server))
+        assert ask(server) == changed
 
 
 def test_groups_rest_together_and_may_take_longer_than_a_step() -> None:
