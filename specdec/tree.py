@@ -66,7 +66,7 @@ class TokenTree:
     def paths(self) -> list[list[list[int]]]:
         """For each request and node, the drafted tokens from below the root to the node; waits for the device."""
         found = []
-        for tokens, parents in zip(self.tokens.tolist(), self.parents.tolist(), strict=True):
+        for tokens, parents in torch.stack((self.tokens, self.parents), dim=1).tolist():
             below: list[list[int]] = [[]]
             for token, parent in zip(tokens[1:], parents[1:], strict=True):
                 below.append([*below[parent], token] if parent >= 0 else [])

@@ -206,14 +206,15 @@ class Sampler:
             num_output_tokens: output tokens each request has already, the root included.
         """
         nodes = tree.num_nodes
-        rows = [request for request in requests for _ in range(nodes)]
+        pairs = list(zip(requests, num_output_tokens, strict=True))
         edits, drafts = None, None
-        edited = any(asks_for_edits(r, count) for r, count in zip(requests, num_output_tokens, strict=True))
-        if edited or any(request.grammar is not None for request in requests):
+        if any(_follows_drafts(request, count) for request, count in pairs):
             drafts = tree.paths()
-        if edited and drafts is not None:
+        if any(asks_for_edits(request, count) for request, count in pairs):
+            rows = [request for request in requests for _ in range(nodes)]
             counts = [count for count in num_output_tokens for _ in range(nodes)]
-            edits = self._editor.edits(rows, counts, logits.device, [path for paths in drafts for path in paths])
+            drafted = None if drafts is None else [path for paths in drafts for path in paths]
+            edits = self._editor.edits(rows, counts, logits.device, drafted)
         self._kernels.process_logits(logits, self._num_valid_tokens, edits)
         if drafts is not None:
             forbid(logits, requests, drafts)
@@ -234,6 +235,12 @@ class Sampler:
         """
         self._kernels.process_logits(logits, self._num_valid_tokens, None)
         return TokenScores(logits, token_ids, [num_top] * len(token_ids))
+
+
+def _follows_drafts(request: Request, num_output_tokens: int) -> bool:
+    """Whether what is to be changed in the logits behind a draft depends on it."""
+    params = request.params
+    return params.has_penalties or num_output_tokens < params.min_tokens or request.grammar is not None
 
 
 def _filters(requests: Sequence[Request], rows_each: int, device: torch.device) -> dict[str, Tensor]:

@@ -30,7 +30,6 @@ class HostWaits(TorchDispatchMode):
         self.num_launches = 0
         self._is_inside_kernel = False
         self._patch = pytest.MonkeyPatch()
-        self._tensor = torch.tensor
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if not self._is_inside_kernel:
@@ -46,7 +45,10 @@ class HostWaits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     def __enter__(self) -> HostWaits:
-        self._patch.setattr(torch, "tensor", self._make_tensor)
+        # These are no operations that a mode would see.
+        self._patch.setattr(torch, "tensor", self._found("torch.tensor", torch.tensor))
+        for name in ("tolist", "numpy", "cpu"):
+            self._patch.setattr(torch.Tensor, name, self._found(name, getattr(torch.Tensor, name)))
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
@@ -54,10 +56,13 @@ class HostWaits(TorchDispatchMode):
         super().__exit__(*error)  # type: ignore[no-untyped-call]
         self._patch.undo()
 
-    def _make_tensor(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if not self._is_inside_kernel:
-            self.found.append("torch.tensor")
-        return self._tensor(*args, **kwargs)
+    def _found(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if not self._is_inside_kernel:
+                self.found.append(name)
+            return function(*args, **kwargs)
+
+        return call
 
     def watched(self, kernels: Kernels) -> Kernels:
         """The same kernels, each a launch."""

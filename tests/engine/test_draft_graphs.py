@@ -154,7 +154,9 @@ def test_what_waits_is_found() -> None:
     waits, numbers = HostWaits(), torch.arange(4)
     with waits:
         _ = numbers[numbers > 1], int(numbers.sum()), numbers.repeat_interleave(numbers), torch.tensor([1])
-    assert {"index", "_local_scalar_dense", "repeat_interleave", "torch.tensor"} <= set(waits.found)
+        _ = numbers.tolist(), numbers.numpy()
+    assert {"index", "_local_scalar_dense", "repeat_interleave", "torch.tensor", "tolist", "numpy"} <= set(waits.found)
+    assert numbers.tolist() == [0, 1, 2, 3] and "tolist" not in waits.found[waits.found.index("numpy") :]
 
 
 @pytest.mark.parametrize("drawn", [False, True], ids=["likeliest", "drawn"])
@@ -167,17 +169,19 @@ def test_drafting_waits_for_nothing(bench: Bench, waits: HostWaits, shape: TreeS
     assert waits.found == []
 
 
-@pytest.mark.parametrize("rule", ["coupled", "rejection"])
-@pytest.mark.parametrize("tree", [(3, 1, 4), (3, 4, 8)], ids=str)
+@pytest.mark.parametrize(
+    ("tree", "rule", "penalties"),
+    [((3, 1, 4), "coupled", False), ((3, 4, 8), "coupled", True), ((3, 4, 8), "rejection", False)],
+)
 def test_a_step_with_drafts_waits_for_nothing(
-    checkpoint: Path, tree: Any, rule: Any, waits: HostWaits, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Path, tree: Any, rule: Any, penalties: bool, waits: HostWaits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From drafting to the tokens on their way to the host; edits of logits, which follow the drafts there, apart."""
-    params = [
-        p
-        for p in PARAMS
-        if not (p.has_penalties or p.logit_bias or p.min_tokens) and (p.max_tokens is None or p.max_tokens > 5)
-    ]
+    """From drafting to the tokens on their way to the host; penalties must know the drafts, and wait for them once."""
+    limits = [p for p in PARAMS if p.max_tokens is None or p.max_tokens > 5]
+    params = [p for p in limits if not (p.has_penalties or p.min_tokens)]
+    params.append(SamplingParams(temperature=0.5, seed=3, max_tokens=20, logit_bias={50: 2.0}))
+    if penalties:
+        params.append(SamplingParams(temperature=0.5, seed=3, max_tokens=20, frequency_penalty=0.5))
     monkeypatch.setattr(build, "select_kernels", lambda *args: waits.watched(select_kernels(*args)))
     with engine(checkpoint, tree, speculative_acceptance=rule) as llm:
         core = core_of(llm)
@@ -196,4 +200,4 @@ def test_a_step_with_drafts_waits_for_nothing(
         monkeypatch.setattr(launcher, "compute", watched)
         core.step(0.0)
         assert len(steps) == 1 and len(steps[0].drafts.trees) == len(params)
-        assert waits.found == []
+        assert waits.found == (["tolist"] if penalties else [])
