@@ -6,7 +6,7 @@ the command line and the documentation cannot drift apart.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -335,6 +335,11 @@ class EngineConfig(ParallelConfig):
             raise ValueError(
                 f"speculative_num_draft_tokens is {nodes}; with {steps} steps of {topk} it must lie in [2, {most}]"
             )
+        if self.speculative_algorithm is None:
+            for option in fields(self):
+                value = getattr(self, option.name)
+                if option.name.startswith("speculative_") and value != option.default:
+                    raise ValueError(f"{option.name} is {value}, which needs speculative_algorithm: NEXTN or NGRAM")
 
     @property
     def tree_nodes(self) -> int:

@@ -73,8 +73,18 @@ class ResponseFormat(Strict):
         return "tag", self.format
 
 
+class StructuredOutputs(Strict):
+    """vLLM's name for all of them, one of which is to be given."""
+
+    json_: dict[str, Any] | Annotated[str, Field(max_length=MAX_SCHEMA_CHARS)] | None = Field(None, alias="json")
+    json_object: Literal[True] | None = None
+    regex: Regex | None = None
+    choice: Choices | None = None
+    grammar: Grammar | None = None
+
+
 class OutputOptions(Strict):
-    """At most one of them; `regex` and `ebnf` are SGLang's, `guided_…` are vLLM's."""
+    """At most one of them; `regex` and `ebnf` are SGLang's, `structured_outputs` and `guided_…` are vLLM's."""
 
     response_format: ResponseFormat | None = None
     regex: Regex | None = None
@@ -83,6 +93,7 @@ class OutputOptions(Strict):
     guided_regex: Regex | None = None
     guided_choice: Choices | None = None
     guided_grammar: Grammar | None = None
+    structured_outputs: StructuredOutputs | None = None
 
     @property
     def output_format(self) -> OutputFormat:
@@ -93,14 +104,19 @@ class OutputOptions(Strict):
         found: dict[str, OutputFormat] = {}
         if self.response_format is not None and self.response_format.type != "text":
             found["response_format"] = self.response_format.output_format
-        schema = json.loads(self.guided_json) if isinstance(self.guided_json, str) else self.guided_json
+        structured = self.structured_outputs or StructuredOutputs.model_construct()
         others: dict[str, OutputFormat] = {
             "regex": ("regex", self.regex),
             "ebnf": ("grammar", self.ebnf),
-            "guided_json": ("json", schema),
+            "guided_json": ("json", _read(self.guided_json)),
             "guided_regex": ("regex", self.guided_regex),
             "guided_choice": ("choice", self.guided_choice),
             "guided_grammar": ("grammar", self.guided_grammar),
+            "structured_outputs.json": ("json", _read(structured.json_)),
+            "structured_outputs.json_object": ("json", {"type": "object"} if structured.json_object else None),
+            "structured_outputs.regex": ("regex", structured.regex),
+            "structured_outputs.choice": ("choice", structured.choice),
+            "structured_outputs.grammar": ("grammar", structured.grammar),
         }
         return found | {name: value for name, value in others.items() if value[1] is not None}
 
@@ -108,7 +124,12 @@ class OutputOptions(Strict):
     def _check_formats(self) -> Self:
         if isinstance(self.guided_json, str) and not _is_json_object(self.guided_json):
             raise contradiction("guided_json is no JSON object", "guided_json")
+        structured = self.structured_outputs
+        if structured is not None and isinstance(structured.json_, str) and not _is_json_object(structured.json_):
+            raise contradiction("structured_outputs.json is no JSON object", "structured_outputs.json")
         formats = self._formats()
+        if structured is not None and not any(name.startswith("structured_outputs.") for name in formats):
+            raise contradiction("structured_outputs names no structure", "structured_outputs")
         if len(formats) > 1:
             raise contradiction(f"{' and '.join(formats)} exclude each other")
         for name, (kind, value) in formats.items():
@@ -158,6 +179,10 @@ def check_enforced(schema: dict[str, Any], param: str) -> None:
         raise contradiction(
             f"the schema demands what cannot be enforced: {what}; strict: false passes over that", param
         )
+
+
+def _read(schema: dict[str, Any] | str | None) -> Any:
+    return json.loads(schema) if isinstance(schema, str) else schema
 
 
 def _is_json_object(text: str) -> bool:

@@ -294,6 +294,8 @@ def test_a_checkpoint_without_a_nextn_layer_is_refused(tmp_path: Path, checkpoin
     [
         ({"speculative_num_steps": 0}, "speculative_num_steps is 0"),
         ({"speculative_num_draft_tokens": 9}, r"speculative_num_draft_tokens is 9; .* \[2, 4\]"),
+        ({"speculative_eagle_topk": 4}, "speculative_eagle_topk is 4, which needs speculative_algorithm"),
+        ({"speculative_adaptive": False}, "speculative_adaptive is False, which needs speculative_algorithm"),
         ({"speculative_algorithm": "EAGLE"}, "speculative_algorithm is 'EAGLE'; it must be one of NEXTN, NGRAM"),
     ],
     ids=str,

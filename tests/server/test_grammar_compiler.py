@@ -107,6 +107,9 @@ CASES: list[tuple[dict[str, Any], list[str], list[str]]] = [
     ({"ebnf": 'root ::= "yes" | "no"'}, ["yes", "no"], ["maybe"]),
     ({"guided_choice": ["red", "green"]}, ["red", "green"], ["blue", "redgreen"]),
     ({"guided_json": json.dumps(SCHEMA)}, ['{"city": "x", "n": 3}'], ["{}"]),
+    ({"structured_outputs": {"json": SCHEMA}}, ['{"city": "x", "n": 3}'], ["{}"]),
+    ({"structured_outputs": {"json_object": True}}, ["{}"], ["[1]"]),
+    ({"structured_outputs": {"choice": ["red", "green"]}}, ["red"], ["blue"]),
     (
         {"response_format": {"type": "structural_tag", "format": {"type": "const_string", "value": "ok"}}},
         ["ok"],
