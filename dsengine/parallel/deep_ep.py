@@ -38,7 +38,7 @@ def load_deep_ep() -> Any:
     """The package.
 
     Raises:
-        ValueError: it cannot be imported, or would pickle.
+        ValueError: it cannot be imported, or would exchange pickled objects.
     """
     try:
         library = importlib.import_module("deep_ep")

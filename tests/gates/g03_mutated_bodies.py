@@ -27,6 +27,7 @@ MASKED = {"min_tokens"}
 COMPANIONS: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": {"logprobs": True},
     "/v1/completions": {"prompt": "a", "echo": True},
+    "/v1/responses": {"include": ["message.output_text.logprobs"]},
 }
 
 
