@@ -251,7 +251,8 @@ class EngineCore:
     def stats(self) -> EngineStats:
         stats = self._scheduler.stats(self._num_steps, self._book.stats() if self._book is not None else None)
         budget = self._scheduler.config.token_budget if self._latency is None else self._latency.budget
-        stats = msgspec.structs.replace(stats, sleep_level=self.residency.level, token_budget=budget)
+        experts = self._launcher.experts()
+        stats = msgspec.structs.replace(stats, sleep_level=self.residency.level, token_budget=budget, experts=experts)
         return (
             stats if self._jumps is None else msgspec.structs.replace(stats, num_jumped_tokens=self._jumps.num_tokens)
         )

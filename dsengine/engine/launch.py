@@ -7,7 +7,7 @@ has none: there a step is computed while it is launched, unless the tests bring 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Protocol
 
 import numpy as np
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dsengine.engine.batch import ScheduledBatch, ScheduledRequest
 from dsengine.engine.lock_step import LockStep
-from dsengine.engine.messages import TokenLogprob
+from dsengine.engine.messages import ExpertStats, TokenLogprob
 from dsengine.engine.model_runner import ModelRunner, PreparedStep, PromptRows
 from dsengine.engine.request import Request
 from dsengine.engine.sampler import DrawnTokens, SampledToken, Sampler, TokenScores
@@ -133,6 +133,11 @@ class StepLauncher:
         self._sampler = sampler
         self._queue = queue
         self._balancer = balancer
+
+    def experts(self) -> ExpertStats | None:
+        """How evenly the ranks share routed experts, where these are balanced."""
+        balance = self._balancer.balance() if self._balancer is not None else None
+        return None if balance is None else ExpertStats(**asdict(balance))
 
     def launch(
         self, batch: ScheduledBatch, previous: LaunchedStep | None, lock_step: LockStep | None = None

@@ -372,7 +372,10 @@ def merge_stats(groups: Sequence[EngineStats]) -> EngineStats:
     alike = {name: getattr(groups[0], name) for name in ("num_steps", "sleep_level")}
     drafted = [stats.speculation for stats in groups if stats.speculation is not None]
     return EngineStats(
-        **(summed | alike), speculation=_merge_speculation(drafted) if drafted else None, groups=tuple(groups)
+        **(summed | alike),
+        speculation=_merge_speculation(drafted) if drafted else None,
+        experts=groups[0].experts,
+        groups=tuple(groups),
     )
 
 

@@ -161,10 +161,20 @@ class SpeculationStats(msgspec.Struct, frozen=True):
         return sum(self.lengths[depth:]) / tried if tried else float("nan")
 
 
+class ExpertStats(msgspec.Struct, frozen=True):
+    """How evenly the ranks share the work of routed experts; as in `ExpertBalance`."""
+
+    looks: int
+    moved: int
+    step_imbalance: float
+    worst_layer_imbalance: float
+
+
 class EngineStats(msgspec.Struct, frozen=True, tag="stats"):
     """A snapshot of the scheduler and the cache, sent with every step's outputs.
 
     Attributes:
+        experts: how evenly ranks share the work of routed experts, where these are balanced.
         groups: the same of each attention-DP group, where there are several; their sums stand above.
     """
 
@@ -181,6 +191,7 @@ class EngineStats(msgspec.Struct, frozen=True, tag="stats"):
     sleep_level: int = 0
     token_budget: int = 0
     speculation: SpeculationStats | None = None
+    experts: ExpertStats | None = None
     groups: tuple[EngineStats, ...] = ()
 
 

@@ -9,7 +9,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import Collector
 
-from dsengine.engine.messages import EngineStats, RequestUpdate, SpeculationStats
+from dsengine.engine.messages import EngineStats, ExpertStats, RequestUpdate, SpeculationStats
 
 CLIENT_CLOSED_REQUEST = 499
 
@@ -191,6 +191,8 @@ class _EngineCollector(Collector):
         )
         if stats.speculation is not None:
             yield from _speculation_metrics(stats.speculation)
+        if stats.experts is not None:
+            yield from _expert_metrics(stats.experts)
         yield from _group_metrics(stats.groups)
 
 
@@ -204,6 +206,10 @@ def _group_metrics(groups: Sequence[EngineStats]) -> Iterator[Metric]:
         "kv_cache_blocks": ("Blocks of the KV cache", [s.num_blocks for s in groups]),
         "kv_cache_blocks_in_use": ("Blocks owned by running sequences", [s.num_blocks_in_use for s in groups]),
         "kv_cache_blocks_cached": ("Blocks kept for reuse of prefixes", [s.num_blocks_cached for s in groups]),
+        "kv_cache_usage_ratio": (
+            "Share of the blocks owned by running sequences",
+            [s.num_blocks_in_use / max(s.num_blocks, 1) for s in groups],
+        ),
         "prefix_cache_hit_ratio": (
             "Share of prompt tokens found in the prefix cache",
             [s.prefix_hit_tokens / max(s.prefix_query_tokens, 1) for s in groups],
@@ -214,6 +220,22 @@ def _group_metrics(groups: Sequence[EngineStats]) -> Iterator[Metric]:
         for number, value in enumerate(values):
             family.add_metric([str(number)], value)
         yield family
+
+
+def _expert_metrics(stats: ExpertStats) -> Iterator[Metric]:
+    """Where --enable-eplb counts tokens, from the first look at the counts on."""
+    yield GaugeMetricFamily(
+        "dsengine_expert_step_imbalance_ratio",
+        "Tokens of the rank with most for its experts over the mean of ranks, in a step and MoE layer, on average.",
+        value=stats.step_imbalance,
+    )
+    yield GaugeMetricFamily(
+        "dsengine_expert_worst_layer_imbalance_ratio",
+        "The same of the MoE layer where it is largest.",
+        value=stats.worst_layer_imbalance,
+    )
+    yield CounterMetricFamily("dsengine_expert_looks", "Looks at the counts of tokens by expert.", value=stats.looks)
+    yield CounterMetricFamily("dsengine_experts_moved", "Experts brought to other places.", value=stats.moved)
 
 
 def _speculation_metrics(stats: SpeculationStats) -> Iterator[Metric]:

@@ -143,8 +143,14 @@ def chat(server: ServerProcess, **options: Any) -> str:
     return str(answer.choices[0].message.content)
 
 
+def value_of(metrics: str, name: str) -> float:
+    [line] = [line for line in metrics.splitlines() if line.startswith(f"{name} ")]
+    return float(line.split()[-1])
+
+
 def test_a_server_with_two_groups(tmp_path: Path) -> None:
-    flags = ("--tp-size", "2", "--dp-size", "2", "--enable-dp-attention", "--weight-format", "dequantized")
+    groups = ("--tp-size", "2", "--dp-size", "2", "--enable-dp-attention", "--weight-format", "dequantized")
+    flags = (*groups, "--ep-size", "2", "--enable-eplb", "--eplb-rebalance-num-iterations", "8")
     schema = {"type": "object", "properties": {"sum": {"type": "integer"}}, "required": ["sum"]}
     shape = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, "strict": True}}
     with running_server(tmp_path, *flags, "--max-total-tokens", "4096") as server:
@@ -161,12 +167,20 @@ def test_a_server_with_two_groups(tmp_path: Path) -> None:
         metrics = httpx.get(server.url + "/metrics", timeout=30).text
         for group in range(2):
             assert f'dsengine_group_kv_cache_blocks{{group="{group}"}} 256.0' in metrics
+            assert f'dsengine_group_kv_cache_usage_ratio{{group="{group}"}} 0.0' in metrics
+            assert f'dsengine_group_num_requests_waiting{{group="{group}"}} 0.0' in metrics
             [line] = [
                 s
                 for s in metrics.splitlines()
                 if s.startswith(f'dsengine_group_kv_cache_blocks_cached{{group="{group}"')
             ]
             assert float(line.split()[-1]) > 0
+        on_average, at_worst = (
+            value_of(metrics, f"dsengine_expert_{name}_imbalance_ratio") for name in ("step", "worst_layer")
+        )
+        assert 1 <= on_average <= at_worst <= 2
+        assert value_of(metrics, "dsengine_expert_looks_total") > 2
+        assert value_of(metrics, "dsengine_experts_moved_total") > 0
         assert "dsengine_kv_cache_blocks 512.0" in metrics  # each group has a cache of its own
         assert server.is_idle()
         assert httpx.post(server.url + "/flush_cache", timeout=30).json() == {"flushed": True}

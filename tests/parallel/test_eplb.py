@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dsengine.model.rebalance import step_imbalances
 from dsengine.parallel.eplb import imbalance, keep_places, place_experts, plan_moves, rank_loads
 from dsengine.parallel.expert_places import ExpertPlaces
 
@@ -97,10 +98,19 @@ def test_copies_take_turns_and_every_token_is_counted() -> None:
     places = ExpertPlaces(3, [0, 1, 2, 1], max_copies=2, turn=1, device=torch.device("cpu"))
     ids = torch.tensor([[1, 0], [1, 2], [2, 1]])
     assert places(ids).tolist() == [[3, 0], [1, 2], [2, 3]]
-    assert places.loads.tolist() == [1, 3, 2]
+    assert places.counts.tolist() == [1, 1, 2, 2]
+    assert places.by_expert(places.counts.tolist()) == [1, 3, 2]
     places.update([1, 2, 0, 0])
     assert places(ids).tolist() == [[0, 3], [0, 1], [1, 0]]
-    assert places.loads.tolist() == [2, 6, 4]
+    assert places.counts.tolist() == [3, 2, 0, 1], "counted anew where experts lie elsewhere"
+    assert places.by_expert(places.counts.tolist()) == [1, 3, 2]
+
+
+def test_the_imbalance_of_steps_is_more_than_that_of_their_sum() -> None:
+    none, left, right, even = [0, 0], [4, 0], [0, 4], [3, 3]
+    assert step_imbalances(torch.tensor([[left, even], [right, even], [none, none]])) == [2.0, 1.0]
+    assert step_imbalances(torch.tensor([[left, none], [even, none]])) == [1.5], "a layer that had no tokens"
+    assert step_imbalances(torch.tensor([[none], [none]])) == []
 
 
 @pytest.mark.parametrize(("places", "message"), [(7, "from 8"), (10, "multiple of the 4"), (36, "to 32")])
