@@ -8,10 +8,10 @@ and what is printed are medians over the rounds, with ratios to the first settin
     python -m benchmarks.latency_targets --target none 40 40:1500 --rounds 5 -- --num-threads 1
     python -m benchmarks.latency_targets --target none 60 -- --speculative-algorithm NEXTN --no-speculative-adaptive
 
-ITL is the time between two chunks of a stream, TTFT that from a long prompt's arrival to its first token. Flags after
-`--` go to every server. On a machine that other programs use too, `--processor-time` measures the engine alone, in this
-process and on the clock of its own processor time, which its controller goes by as well. The last line of standard
-output is one JSON object.
+ITL is the time between two chunks of a stream, TTFT that from a long prompt's arrival to its first token; "beside
+prompts" are the ITLs during which such a prompt waited. Flags after `--` go to every server. On a machine that other
+programs use too, `--processor-time` measures the engine alone, in this process and on the clock of its own processor
+time, which its controller goes by as well. The last line of standard output is one JSON object.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import platform
@@ -123,6 +124,13 @@ class Run:
     @property
     def gaps(self) -> list[float]:
         return [gap for record in self.streams for gap in record.gaps]
+
+    @property
+    def disturbed_gaps(self) -> list[float]:
+        """Those during which a long prompt waited for its first token."""
+        waits = [(record.start, record.start + record.ttft) for record in self.prompts]
+        pairs = [pair for record in self.streams for pair in itertools.pairwise(record.chunk_times)]
+        return [later - sooner for sooner, later in pairs if any(sooner < b and later > a for a, b in waits)]
 
 
 class Load:
@@ -264,6 +272,7 @@ def figures(run: Run, setting: Setting) -> dict[str, float]:
     late = [gap for gap in gaps if setting.itl is not None and gap * 1000 > setting.itl]
     chunks = sum(len(record.chunk_times) for record in run.streams)
     shares = {f"itl_p{p}": 1000 * percentile(gaps, p) for p in (50, 90, 99)}
+    shares |= {f"disturbed_itl_p{p}": 1000 * percentile(run.disturbed_gaps, p) for p in (50, 99)}
     shares |= {f"ttft_p{p}": 1000 * percentile(firsts, p) for p in (50, 99)}
     return shares | {
         "itl_max": 1000 * max(gaps),
@@ -301,9 +310,10 @@ def print_results(args: argparse.Namespace, results: list[dict[str, Any]]) -> No
     columns = (
         "target, ms",
         "ITL p50",
-        "p90",
         "p99",
         "max",
+        "beside prompts p50",
+        "p99",
         "beyond it",
         "TTFT p50",
         "p99",
@@ -316,9 +326,10 @@ def print_results(args: argparse.Namespace, results: list[dict[str, Any]]) -> No
         table.add_row(
             row["target"],
             f"{row['itl_p50']:.1f} ({ratios['itl_p50']:.2f})",
-            f"{row['itl_p90']:.1f}",
             f"{row['itl_p99']:.1f} ({ratios['itl_p99']:.2f})",
             f"{row['itl_max']:.1f}",
+            f"{row['disturbed_itl_p50']:.1f}",
+            f"{row['disturbed_itl_p99']:.1f}",
             "" if row["late"] is None else f"{row['late']:.1%}",
             f"{row['ttft_p50']:.0f} ({ratios['ttft_p50']:.2f})",
             f"{row['ttft_p99']:.0f}",
