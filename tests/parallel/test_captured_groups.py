@@ -161,8 +161,10 @@ def test_trees_of_groups_whose_ranks_share_dense_layers_and_head(bench: Bench) -
 
 @pytest.mark.parametrize(
     ("options", "graph"),
-    [({"overlap": True}, 0), (TREES | {"speculative_adaptive": False}, 3)],
-    ids=["overlapped", "trees"],
+    [
+        pytest.param({"overlap": True}, 0, id="overlapped", marks=pytest.mark.slow),
+        pytest.param(TREES | {"speculative_adaptive": False}, 3, id="trees"),
+    ],
 )
 def test_sleep_forgets_graphs_and_waking_captures_them_again(bench: Bench, options: dict[str, Any], graph: int) -> None:
     told = bench.run([SCRIPT] * 3, sleeps=(1, 2, 0), tp_size=2, attn_dp_size=2, **options)

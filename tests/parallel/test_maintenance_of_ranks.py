@@ -97,6 +97,7 @@ def test_other_weights_outlast_the_ranks_of_two_machines(tmp_path: Path, root: P
         assert ask(server) == changed
 
 
+@pytest.mark.slow
 def test_groups_rest_together_and_may_take_longer_than_a_step() -> None:
     options: dict[str, Any] = {"weight_format": "dequantized", "num_threads": 1, "max_total_tokens": 512}
     greedy = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)

@@ -64,10 +64,9 @@ def lay_out(folder: Path, hub: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("layout", "quantized", "formats"),
     [
-        ({"tp_size": 2} | TREES, False, {}),
-        ({"tp_size": 2, "attn_dp_size": 2} | MOVING | TREES, True, FP8),
+        pytest.param({"tp_size": 2} | TREES, False, {}, id="TP2", marks=pytest.mark.slow),
+        pytest.param({"tp_size": 2, "attn_dp_size": 2} | MOVING | TREES, True, FP8, id="DP2, FP8, experts move"),
     ],
-    ids=["TP2", "DP2, FP8, experts move"],
 )
 def test_all_ranks_or_none(tmp_path: Path, layout: dict[str, Any], quantized: bool, formats: dict[str, str]) -> None:
     hub = CONFIG | {"vocab_size": TOKENIZER_SIZE + 8} | ({"quantization_config": FP8_QUANTIZATION} if quantized else {})
