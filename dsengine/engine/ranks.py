@@ -169,6 +169,8 @@ def _compare_configs(world: World, config: EngineConfig) -> None:
 def check_ranks(config: EngineConfig, checkpoint: Path) -> None:
     """Prove that the model can be cut, and the machine has a device for each rank, before anything is started."""
     device = resolve_device(config.device)
+    if config.moe_exchange in ("deepep", "deepep_normal"):
+        check_usable(device, resolve_dtype(config.dtype, device))
     model_config = ModelConfig.from_hub(checkpoint)
     keep_fp8, _ = resolve_formats(config.weight_format, config.activation_format, device, model_config)
     check_layout(
@@ -181,8 +183,6 @@ def check_ranks(config: EngineConfig, checkpoint: Path) -> None:
         redundant_experts=config.ep_num_redundant_experts,
         dense_over_world=config.dense_parallel == "world",
     )
-    if config.moe_exchange in ("deepep", "deepep_normal"):
-        check_usable(device, resolve_dtype(config.dtype, device))
     for rank in config.local_ranks:
         resolve_device(config.device, rank - config.local_ranks.start)
 

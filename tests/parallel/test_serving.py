@@ -141,6 +141,10 @@ def test_trees_are_verified_alike_on_all_ranks(
         ({"tp_size": 4, "ep_size": 2}, ["ep_size is 2", "4"]),
         ({"tp_size": 2, "moe_exchange": "all_to_all"}, ["all_to_all", "ep_size is 1", "which is 2"]),
         ({"tp_size": 2, "moe_exchange": "pipes"}, ["'pipes'", "all_to_all"]),
+        (
+            {"tp_size": 2, "ep_size": 2, "moe_exchange": "deepep", "device": "cpu"},
+            ["between CUDA devices", "device is cpu", "--moe-exchange all_to_all"],
+        ),
         ({"tp_size": 2, "ep_size": 2, "ep_num_redundant_experts": 3}, ["redundant_experts", "multiple of 2"]),
         ({"tp_size": 2, "ep_size": 2, "ep_num_redundant_experts": -1}, ["ep_num_redundant_experts is -1"]),
         ({"enable_eplb": True}, ["enable_eplb", "ep_size is 1"]),
