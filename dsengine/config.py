@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from dsengine.demo import CHECKPOINT_DIR
 
@@ -26,7 +26,6 @@ LogLevel = Literal["debug", "info", "warning", "error"]
 LogFormat = Literal["text", "json"]
 EngineFailurePolicy = Literal["restart", "exit"]
 ToolCallFormat = Literal["deepseekv3", "deepseekv31", "deepseekv32", "kimi_k2"]
-
 
 # Kernels for many heads load a tile of 64 latents at once if a block holds one; a small block shares more prefixes.
 _BLOCK_SIZES = {"cuda": 64}
@@ -131,8 +130,7 @@ class ParallelConfig:
         self._check_nodes()
 
     def _check_shares(self) -> None:
-        _require_choice(self, "dense_parallel", Share.__args__)  # type: ignore[attr-defined]
-        _require_choice(self, "lm_head_parallel", Share.__args__)  # type: ignore[attr-defined]
+        _require_choices(self, dense_parallel=Share, lm_head_parallel=Share)
         if self.enable_dp_lm_head and self.lm_head_parallel == "world":
             raise ValueError("enable_dp_lm_head keeps the lm_head within groups, but lm_head_parallel is world")
         if self.moe_dense_tp_size is None:
@@ -153,7 +151,7 @@ class ParallelConfig:
             object.__setattr__(self, "dense_parallel", meant)
 
     def _check_experts(self) -> None:
-        _require_choice(self, "moe_exchange", MoeExchange.__args__)  # type: ignore[attr-defined]
+        _require_choices(self, moe_exchange=MoeExchange)
         _require_positive(self, "eplb_rebalance_num_iterations")
         if self.ep_num_redundant_experts < 0:
             raise ValueError(f"ep_num_redundant_experts is {self.ep_num_redundant_experts}; it must be at least 0")
@@ -317,8 +315,7 @@ class EngineConfig(ParallelConfig):
                 raise ValueError(f"{name} is {target}; it must be above 0")
         if self.target_ttft_ms is not None and self.target_itl_ms is None:
             raise ValueError("target_ttft_ms is of no use without target_itl_ms, which it goes before")
-        for name, allowed in _CHOICES.items():
-            _require_choice(self, name, allowed.__args__)
+        _require_choices(self, **_CHOICES)
         self._check_speculation()
         for item in self.kernel:
             op, sep, backend = item.partition("=")
@@ -328,18 +325,16 @@ class EngineConfig(ParallelConfig):
     def _check_speculation(self) -> None:
         _require_positive(self, "speculative_num_steps", "speculative_eagle_topk")
         if self.speculative_algorithm is not None:
-            _require_choice(self, "speculative_algorithm", Speculation.__args__)  # type: ignore[attr-defined]
+            _require_choices(self, speculative_algorithm=Speculation)
         steps, topk, nodes = self.speculative_num_steps, self.speculative_eagle_topk, self.speculative_num_draft_tokens
         most = 1 + topk + (steps - 1) * topk**2
         if nodes is not None and not 2 <= nodes <= most:
             raise ValueError(
                 f"speculative_num_draft_tokens is {nodes}; with {steps} steps of {topk} it must lie in [2, {most}]"
             )
-        if self.speculative_algorithm is None:
-            for option in fields(self):
-                value = getattr(self, option.name)
-                if option.name.startswith("speculative_") and value != option.default:
-                    raise ValueError(f"{option.name} is {value}, which needs speculative_algorithm: NEXTN or NGRAM")
+        for option in fields(self) if self.speculative_algorithm is None else ():
+            if option.name.startswith("speculative_") and (value := getattr(self, option.name)) != option.default:
+                raise ValueError(f"{option.name} is {value}, which needs speculative_algorithm: NEXTN or NGRAM")
 
     @property
     def tree_nodes(self) -> int:
@@ -430,16 +425,14 @@ class ServerConfig:
             raise ValueError("admin_api_key is the same as api_key; administrators need a key of their own")
         if self.drain_timeout < 0:
             raise ValueError(f"drain_timeout is {self.drain_timeout}; it must not be negative")
-        _require_choice(self, "on_engine_failure", EngineFailurePolicy.__args__)  # type: ignore[attr-defined]
-        _require_choice(self, "log_level", LogLevel.__args__)  # type: ignore[attr-defined]
-        _require_choice(self, "log_format", LogFormat.__args__)  # type: ignore[attr-defined]
+        _require_choices(self, on_engine_failure=EngineFailurePolicy, log_level=LogLevel, log_format=LogFormat)
         if self.log_requests_contents and not self.log_requests:
             raise ValueError("log_requests is missing: log_requests_contents adds to what it logs")
         endpoint = self.otlp_traces_endpoint
         if endpoint is not None and not endpoint.startswith(("http://", "https://")):
             raise ValueError(f"otlp_traces_endpoint is {endpoint!r}; it must begin with http:// or https://")
         if self.tool_call_parser is not None:
-            _require_choice(self, "tool_call_parser", ToolCallFormat.__args__)  # type: ignore[attr-defined]
+            _require_choices(self, tool_call_parser=ToolCallFormat)
 
 
 def _require_positive(config: Any, *names: str) -> None:
@@ -449,7 +442,8 @@ def _require_positive(config: Any, *names: str) -> None:
             raise ValueError(f"{name} is {value}; it must be at least 1")
 
 
-def _require_choice(config: Any, name: str, allowed: tuple[str, ...]) -> None:
-    value = getattr(config, name)
-    if value not in allowed:
-        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}")
+def _require_choices(config: Any, **literals: Any) -> None:
+    for name, literal in literals.items():
+        value, allowed = getattr(config, name), get_args(literal)
+        if value not in allowed:
+            raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}")
