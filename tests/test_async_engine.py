@@ -29,6 +29,10 @@ async def running(config: EngineConfig = CONFIG, **options: str) -> AsyncIterato
     await engine.start()
     try:
         yield engine
+        if engine.is_alive:
+            await eventually(lambda: engine.stats.num_running == engine.stats.num_waiting == 0)
+            assert await engine.call("check_integrity") == {"ok": True}
+            assert (await engine.call("stats"))["num_blocks_in_use"] == 0
     finally:
         await engine.shutdown()
 

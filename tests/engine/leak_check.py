@@ -35,11 +35,10 @@ class Cores:
 
     def check(self) -> None:
         """Every block of every engine is free or cached, and counted once; nothing is owned, running or waiting."""
+        if any(core.has_work for core in self._alive):
+            gc.collect()  # its test may have dropped it with all that it was doing, in a cycle of references
         for core in list(self._alive):
             core.check_integrity()
-            if core.has_work:  # its test may have dropped it with all that it was doing, in a cycle of references
-                gc.collect()
-        for core in list(self._alive):
             stats = core.stats()
             left = (stats.num_running, stats.num_waiting, stats.num_blocks_in_use)
             assert left == (0, 0, 0), f"requests running, waiting, and blocks owned after the test: {left}"

@@ -1,4 +1,6 @@
-"""Runs inside of a network namespace: servers in several settings, friendly requests, and a watch over all sockets.
+"""Runs inside of a network namespace: `servers [--quick]` or `suite [PYTEST ARGUMENTS]`.
+
+Servers in several settings get friendly requests, under a watch over all sockets; the suite is what pytest runs.
 
 Connections out of the namespace fail at once and leave no socket to be seen, so that an audit hook in every Python
 process also notes which hosts it tries to reach.
@@ -117,6 +119,12 @@ def use(server: ServerProcess, problems: list[str]) -> int:
 
 def main() -> int:
     bring_up_loopback()
+    if sys.argv[1] == "suite":
+        os.execv(sys.executable, [sys.executable, "-m", "pytest", "-q", *sys.argv[2:]])
+    return serve()
+
+
+def serve() -> int:
     settings = list(SETTINGS.values())[: 1 if "--quick" in sys.argv else None]
     problems: list[str] = []
     report: dict[str, Any] = {"num_answers": 0, "num_servers": len(settings), "num_looks": 0}

@@ -8,9 +8,10 @@ import socket
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import httpx
 from openai import OpenAI
@@ -18,13 +19,20 @@ from openai import OpenAI
 from dsengine.server.service import DEMO_MODEL
 
 ROOT = Path(__file__).resolve().parents[2]
-STARTUP_SECONDS = 90.0
+STARTUP_SECONDS = 180.0  # it takes five; where many share few cores, a minute
+IDLE_SECONDS = 5.0
 
 
 class ServerProcess:
     """`dsengine serve` on a free port."""
 
+    running: ClassVar[weakref.WeakSet[ServerProcess]] = weakref.WeakSet()
+    key = ""  # of its clients
+
     def __init__(self, folder: Path, *flags: str) -> None:
+        self.running.add(self)
+        if "--api-key" in flags:
+            self.key = flags[flags.index("--api-key") + 1]
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = folder / f"server-{self.port}.log"
@@ -55,13 +63,19 @@ class ServerProcess:
         )
 
     def stats(self) -> dict[str, int]:
-        body: dict[str, Any] = httpx.get(self.url + "/server_info", timeout=30).json()
+        headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
+        body: dict[str, Any] = httpx.get(self.url + "/server_info", headers=headers, timeout=30).json()
         stats: dict[str, int] = body["stats"]
         return stats
 
     def is_idle(self) -> bool:
         stats = self.stats()
         return stats["num_running"] == stats["num_waiting"] == stats["num_blocks_in_use"] == 0
+
+    def check_idle(self) -> None:
+        """If it serves, then nobody: every block of its cache is free or cached, nothing runs or waits, soon."""
+        if self.process.poll() is None and self.health() == 200:
+            wait_until(lambda: self.health() != 200 or self.is_idle(), IDLE_SECONDS, lambda: str(self.stats()))
 
     def engine_pid(self) -> int:
         """The one child process of the server."""
@@ -88,6 +102,7 @@ def running_server(folder: Path, *flags: str) -> Iterator[ServerProcess]:
     try:
         server.wait_ready()
         yield server
+        server.check_idle()
     finally:
         server.close()
 

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import sys
+import types
 
 import pytest
+from server_helpers import ScriptedEngine, make_app
+from test_answers import tokenizer
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from dsengine.server.launch import listen
+from dsengine.server.launch import _uvicorn_config, listen
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
@@ -37,3 +42,11 @@ def test_answers_are_not_held_back(host: str) -> None:
         if host != "::1":
             raise
         pytest.skip("there is no IPv6 here")
+
+
+def test_an_installed_parser_does_not_change_the_one_that_was_tested(monkeypatch: pytest.MonkeyPatch) -> None:
+    """uvicorn takes httptools where it finds it, unless told otherwise; the limits of headers are in our h11 protocol."""
+    monkeypatch.setitem(sys.modules, "httptools", types.ModuleType("httptools"))
+    config = _uvicorn_config(make_app(ScriptedEngine(tokenizer())))
+    config.load()
+    assert issubclass(config.http_protocol_class, H11Protocol) and config.ws_protocol_class is None

@@ -13,7 +13,7 @@ import openai
 import pytest
 from openai import OpenAI
 from pydantic import BaseModel
-from server_process import DEMO_MODEL, ServerProcess, running_server, wait_until
+from server_process import DEMO_MODEL, ServerProcess, running_server
 
 TREES = ("--speculative-algorithm", "NEXTN", "--speculative-eagle-topk", "2")
 ASK: dict[str, Any] = {"model": DEMO_MODEL, "max_tokens": 300}
@@ -42,12 +42,6 @@ def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 @pytest.fixture()
 def client(server: ServerProcess) -> OpenAI:
     return server.openai()
-
-
-@pytest.fixture(autouse=True)
-def nothing_leaks(server: ServerProcess) -> Iterator[None]:
-    yield
-    wait_until(server.is_idle, 5.0, lambda: str(server.stats()))
 
 
 def user(text: str) -> Any:

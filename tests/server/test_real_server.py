@@ -32,12 +32,6 @@ def client(server: ServerProcess) -> OpenAI:
     return server.openai()
 
 
-@pytest.fixture(autouse=True)
-def nothing_leaks(server: ServerProcess) -> Iterator[None]:
-    yield
-    wait_until(server.is_idle, MAX_SECONDS_TO_ABORT, lambda: str(server.stats()))
-
-
 def fold(chunks: Any) -> tuple[dict[int, dict[str, str]], Any]:
     """Texts and finish reasons by choice, and the usage."""
     texts: dict[int, dict[str, str]] = {}

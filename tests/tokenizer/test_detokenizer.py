@@ -151,9 +151,9 @@ def test_matching_is_linear_in_the_text() -> None:
 
     def seconds(length: int) -> float:
         matcher = StopMatcher(strings)
-        started = time.perf_counter()
+        started = time.process_time()
         assert matcher.feed("a" * length) is None
-        return time.perf_counter() - started
+        return time.process_time() - started
 
     seconds(10_000)
     small, large = min(seconds(20_000) for _ in range(3)), min(seconds(200_000) for _ in range(3))
