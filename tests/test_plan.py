@@ -289,6 +289,25 @@ def test_layouts_are_suggested_for_throughput_and_for_latency():
     assert data["layouts"][0]["fits"] and data["layouts"][0]["longest_context"] == 163840
 
 
+def test_dense_layers_and_lm_head_that_all_gpus_share():
+    model, asked = find_model("deepseek-v3"), question(num_gpus=8)
+    apart = make_plan(model, asked)
+    shared = make_plan(model, dataclasses.replace(asked, dense_over_world=True, lm_head_over_world=True))
+    by_name = {plan.layout.name: plan for plan in apart.layouts}
+    found = {plan.layout.name: plan for plan in shared.layouts}
+    assert by_name["TP8"] == found["TP8"], "one group has nothing else to share with"
+    one, all_gpus = by_name["DP8 EP8"], found["DP8 EP8 dense8 head8"]
+    for part in ("dense layers", "lm_head"):
+        assert all_gpus.part_bytes[part] == one.part_bytes[part] // 8
+    assert all_gpus.part_bytes["embedding"] == one.part_bytes["embedding"]
+    assert one.weight_bytes - all_gpus.weight_bytes == pytest.approx(2.66e9, rel=0.01)
+    assert all_gpus.cache_tokens > one.cache_tokens
+    # At one request each, reading an eighth of the weights for eight times the tokens.
+    assert all_gpus.steps[0].dense_layer < one.steps[0].dense_layer
+    config = suggested(shared)
+    assert (config.attn_dp_size, config.dense_parallel, config.lm_head_parallel) == (8, "world", "world")
+
+
 @pytest.mark.parametrize("num_gpus", [2, 4, 8, 16, 32, 64])
 def test_the_engine_can_cut_the_model_as_planned(num_gpus):
     for layout in layouts(CONFIG, num_gpus):

@@ -44,6 +44,7 @@ def test_a_load_is_made_up_and_printed(capsys: pytest.CaptureFixture[str]) -> No
         (["--simulate", "rate=1", "--efficiency", "2"], "efficiency is 2.0"),
         (["--simulate", "rate=1", "--layout", "DP3"], "no multiple"),
         (["--simulate", "rate=1", "--sampled-groups", "0"], "--sampled-groups is 0"),
+        (["--simulate", "rate=1", "--lm-head-parallel", "world"], "--lm-head-parallel is world, which --simulate does"),
         (["--simulate", "rate=1", "--gpu", "a100"], "does not fit on 8 x NVIDIA A100"),
     ],
 )
