@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+from typing import Any
 
 import pytest
 
@@ -30,7 +31,7 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # the default of Triton 
 # numpy's products carry the interpreter's; with several threads their last bits depend on how busy the machine is.
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
-CORES = pytest.StashKey()
+CORES: pytest.StashKey[Any] = pytest.StashKey()
 TESTS_OF_ENGINES = ("engine", "parallel", "specdec")
 
 

@@ -45,7 +45,7 @@ def test_answers_are_not_held_back(host: str) -> None:
 
 
 def test_an_installed_parser_does_not_change_the_one_that_was_tested(monkeypatch: pytest.MonkeyPatch) -> None:
-    """uvicorn takes httptools where it finds it, unless told otherwise; the limits of headers are in our h11 protocol."""
+    """uvicorn takes httptools where it finds it, unless told otherwise; the limits of headers are in our protocol."""
     monkeypatch.setitem(sys.modules, "httptools", types.ModuleType("httptools"))
     config = _uvicorn_config(make_app(ScriptedEngine(tokenizer())))
     config.load()
