@@ -118,7 +118,13 @@ class SyntheticRouting:
         return variant.weights[: len(logits)], variant.ids[: len(logits)]
 
     def _received_experts(
-        self, x: Tensor, w_gate_up: Tensor, w_down: Tensor, topk_weights: Tensor, topk_ids: Tensor, **options: Any
+        self,
+        x: Tensor,
+        w_gate_up: Tensor,
+        w_down: Tensor,
+        topk_weights: Tensor | None,
+        topk_ids: Tensor,
+        **options: Any,
     ) -> Tensor:
         """The experts of this rank over the tokens of all ranks; as many rows as x has go back to their owners here,
         which stands for the combine."""

@@ -35,7 +35,8 @@ def check_communicator(world: World) -> None:
     assert (told.Get_rank(), told.Get_size()) == (rank, size)
     assert told.allgather(-rank << 40) == [-r << 40 for r in range(size)]
     assert told.allgather(None) == [None] * size
-    assert told.allgather(bytes(range(256)) * rank) == [bytes(range(256)) * r for r in range(size)]
+    wanted: list[Any] = [bytes(range(256)) * r for r in range(size)]
+    assert told.allgather(bytes(range(256)) * rank) == wanted
     items: list[Any] = [7, b"\x80\x04.", None, bytearray(b"")]
     mixed = told.allgather(items[rank])
     assert mixed == items and [type(item) for item in mixed] == [int, bytearray, type(None), bytearray]

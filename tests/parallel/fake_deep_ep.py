@@ -76,7 +76,7 @@ class Buffer:
 
     @property
     def _is_internode(self) -> bool:
-        return self.size > ranks_per_node
+        return bool(self.size > ranks_per_node)
 
     @staticmethod
     def get_dispatch_config(num_ranks: int) -> Config:
@@ -262,7 +262,8 @@ class Buffer:
 
     def _in_rank(self, topk_idx: Tensor, num_experts: int) -> Tensor:
         ranks = torch.arange(self.size).view(-1, 1, 1) == topk_idx // (num_experts // self.size)
-        return ranks.any(2).t().contiguous()
+        found: Tensor = ranks.any(2).t().contiguous()
+        return found
 
     def _check_routing(self, x: Tensor | None, topk_idx: Tensor, topk_weights: Tensor | None) -> None:
         require(topk_idx.dim() == 2 and topk_idx.is_contiguous() and topk_idx.dtype == topk_idx_t, "topk_idx")

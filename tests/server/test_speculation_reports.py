@@ -1,4 +1,4 @@
-"""What clients and Prometheus are told of drafted tokens: by a stand-in, and by a real server, whose sums must agree."""
+"""What clients and Prometheus are told of drafted tokens: by a stand-in, and by a real server whose sums must agree."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_a_server_tells_the_truth(tmp_path: Path) -> None:
     assert told["dsengine_spec_draft_tokens_total",] == accepted + rejected
     trees = told["dsengine_spec_accepted_length_bucket", "+Inf"]
     assert accepted + rejected == 7 * trees, "a tree of 8 nodes holds 7 drafts"
-    # The first token of an answer comes without a tree; a tree brings what is kept of it, and one more if it is not cut.
+    # An answer's first token comes without a tree; a tree brings what is kept of it, and one more if it is not cut.
     tokens = sum(usage["completion_tokens"] for usage in usages)
     assert accepted < tokens - len(usages) <= accepted + trees < tokens
     assert accepted <= told["dsengine_spec_accepted_length_sum",] <= accepted + 3 * len(usages)
