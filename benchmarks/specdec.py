@@ -51,7 +51,7 @@ ADAPTIVE = "adaptive"
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    trees = ["1/1/2", "2/1/3", "3/1/4", "3/4/8", ADAPTIVE]
+    trees = ["1/1/2", "2/1/3", "3/1/4", "5/1/6", "3/4/8", ADAPTIVE]
     add("--model", help="folder of a checkpoint [the demo checkpoint]")
     add(
         "--tree",

@@ -20,6 +20,8 @@ def check_shape(name: str, tensor: Tensor, *sizes: int | None) -> None:
         ValueError: it does not.
     """
     shape = tensor.shape
+    if shape == sizes:
+        return
     fits = len(shape) == len(sizes)
     if fits:
         for have, want in zip(shape, sizes, strict=True):  # a loop: an `any` of a generator takes twice as long

@@ -118,6 +118,7 @@ class Sampler:
         self._agree = agree
         self._num_valid_tokens = num_valid_tokens
         self._editor = LogitEditor()
+        self._wishes: dict[int, _Wishes] = {}
 
     @property
     def num_valid_tokens(self) -> int:
@@ -175,7 +176,7 @@ class Sampler:
         assert tree.drawn is not None
         by_node = logits.view(len(requests), tree.num_nodes, -1)
         rows = torch.arange(len(requests), device=logits.device)
-        filters = _filters(requests, 1, logits.device)
+        filters = self._wishes_of(requests, 1, logits.device).filters
         # Without filters nothing need be sorted.
         has_filters = any(r.params.top_k > 0 or r.params.top_p < 1 or r.params.min_p > 0 for r in requests)
 
@@ -221,9 +222,16 @@ class Sampler:
 
     def _choose(self, logits: Tensor, requests: Sequence[Request], rows_each: int, positions: Tensor) -> Tensor:
         """One token per row, int64; each request has `rows_each` rows in turn."""
-        seeds = upload(np.repeat(np.array([r.seed for r in requests], dtype=np.int64), rows_each), logits.device)
-        filters = _filters(requests, rows_each, logits.device)
-        return self._agree(self._kernels.sample(logits, **filters, seeds=seeds, positions=positions))
+        wishes = self._wishes_of(requests, rows_each, logits.device)
+        return self._agree(self._kernels.sample(logits, **wishes.filters, seeds=wishes.seeds, positions=positions))
+
+    def _wishes_of(self, requests: Sequence[Request], rows_each: int, device: torch.device) -> _Wishes:
+        """From one step to the next they are mostly the same, so that nothing need be uploaded."""
+        asked = [(r.params.temperature, r.params.top_k, r.params.top_p, r.params.min_p, r.seed) for r in requests]
+        known = self._wishes.get(rows_each)
+        if known is None or known.asked != asked or known.seeds.device != device:
+            known = self._wishes[rows_each] = _Wishes.upload(asked, rows_each, device)
+        return known
 
     def score(self, logits: Tensor, token_ids: Tensor, num_top: int) -> TokenScores:
         """Log-probabilities of given tokens, without waiting for the device.
@@ -243,16 +251,29 @@ def _follows_drafts(request: Request, num_output_tokens: int) -> bool:
     return params.has_penalties or num_output_tokens < params.min_tokens or request.grammar is not None
 
 
-def _filters(requests: Sequence[Request], rows_each: int, device: torch.device) -> dict[str, Tensor]:
-    """What the requests ask of a draw, a column each; every request has `rows_each` rows in turn."""
-    params = [r.params for r in requests]
+@dataclass(frozen=True)
+class _Wishes:
+    """What the requests of a step ask of their draws, on the device; every request has as many rows, in turn.
 
-    def column(values: Sequence[float], dtype: type[np.generic]) -> Tensor:
-        return upload(np.repeat(np.array(values, dtype=dtype), rows_each), device)
+    Attributes:
+        asked: temperature, top_k, top_p, min_p and seed of each request.
+        filters: the first four, a column each.
+    """
 
-    return {
-        "temperature": column([p.temperature for p in params], np.float32),
-        "top_k": column([max(p.top_k, 0) for p in params], np.int64),
-        "top_p": column([p.top_p for p in params], np.float32),
-        "min_p": column([p.min_p for p in params], np.float32),
-    }
+    asked: list[tuple[float, int, float, float, int]]
+    filters: dict[str, Tensor]
+    seeds: Tensor
+
+    @classmethod
+    def upload(cls, asked: list[tuple[float, int, float, float, int]], rows_each: int, device: torch.device) -> _Wishes:
+        def column(values: Sequence[float], dtype: type[np.generic]) -> Tensor:
+            return upload(np.repeat(np.array(values, dtype=dtype), rows_each), device)
+
+        temperature, top_k, top_p, min_p, seeds = zip(*asked, strict=True)
+        filters = {
+            "temperature": column(temperature, np.float32),
+            "top_k": column([max(k, 0) for k in top_k], np.int64),
+            "top_p": column(top_p, np.float32),
+            "min_p": column(min_p, np.float32),
+        }
+        return cls(asked, filters, column(seeds, np.int64))
