@@ -157,9 +157,10 @@ class ParallelConfig:
             raise ValueError(f"ep_num_redundant_experts is {self.ep_num_redundant_experts}; it must be at least 0")
         for name in ("moe_exchange", "ep_num_redundant_experts", "enable_eplb"):
             if not self.experts_whole and getattr(self, name) not in (0, "gather"):
+                advice = f"set it to tp_size, which is {self.tp_size}" if self.tp_size > 1 else "there is one rank only"
                 raise ValueError(
-                    f"{name} is {getattr(self, name)}, which needs whole experts, but ep_size is {self.ep_size}; "
-                    f"set it to tp_size, which is {self.tp_size}"
+                    f"{name} is {getattr(self, name)}, which needs whole experts on several ranks, but ep_size is "
+                    f"{self.ep_size}; {advice}"
                 )
 
     def _check_nodes(self) -> None:

@@ -38,6 +38,7 @@ _OPTIONAL = {
     "flashinfer": "attention and sampling on NVIDIA GPUs; pip install 'dsengine[cuda]'",
     "deep_gemm": "FP8 matrix products on Hopper and later; install from github.com/deepseek-ai/DeepGEMM",
     "deep_ep": "exchange of tokens between ranks (--moe-exchange deepep); install from github.com/deepseek-ai/DeepEP",
+    "flash_attn": "prefill on NVIDIA GPUs (--kernel mla_prefill=flash_attn); pip install flash-attn",
     "flash_mla": "MLA attention on Hopper and later; install from github.com/deepseek-ai/FlashMLA",
 }
 _GIB = 2**30

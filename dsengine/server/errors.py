@@ -152,12 +152,27 @@ def _of_size(text: str, limit: int) -> str:
 
 def validation_failed(errors: Sequence[Any]) -> ApiError:
     """The 400 of a body whose fields are not as the protocol has them: at most ten errors are reported."""
-    lines = [_describe(error) for error in errors[:_MAX_REPORTED_ERRORS]]
+    errors = _of_best_members(errors)
+    lines = list(dict.fromkeys(_describe(error) for error in errors[:_MAX_REPORTED_ERRORS]))
     if len(errors) > _MAX_REPORTED_ERRORS:
         lines.append(f"and {len(errors) - _MAX_REPORTED_ERRORS} more")
     first = errors[0]
     unknown = first["type"] == "extra_forbidden"
     return invalid("; ".join(lines), _location(first) or None, "unknown_field" if unknown else "invalid_value")
+
+
+def _of_best_members(errors: Sequence[Any]) -> list[Any]:
+    """Of a field that may be of several kinds, what is wrong with those that fit best: that got furthest into it."""
+    by_field: dict[Any, list[Any]] = {}
+    for error in errors:
+        path = [part for part in error["loc"] if part != "body"]
+        by_field.setdefault(path[0] if path else "", []).append(error)
+    kept = []
+    for found in by_field.values():
+        depth = max(len(error["loc"]) for error in found)
+        has_kinds = any(_is_union_member(part) for error in found for part in error["loc"])
+        kept += [error for error in found if len(error["loc"]) == depth] if has_kinds else found
+    return kept
 
 
 def _describe(error: Any) -> str:
