@@ -22,7 +22,7 @@ def test_the_kind_that_fits_best_is_reported() -> None:
     image = [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]
     text = said(ResponsesRequest, input=image)
     assert text.startswith("input.0.content.0.type: Input should be 'input_text'") and "more" not in text
-    assert said(CompletionRequest, prompt=["a", 1]).count("prompt.") == 2
+    assert said(CompletionRequest, prompt=["a", 1]).startswith("prompt.1: Input should be a valid string; ")
     message = [{"role": "user", "content": [{"type": "text", "text": 1}]}]
     assert said(ChatCompletionRequest, messages=message) == "messages.0.content.0.text: Input should be a valid string"
 
