@@ -24,13 +24,13 @@ SHORT = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
 
 
 @contextlib.asynccontextmanager
-async def running(config: EngineConfig = CONFIG, module: str | None = None) -> AsyncIterator[AsyncEngine]:
-    """An engine, which must have let go of everything in the end; a stand-in `module` has nothing to let go of."""
-    engine = AsyncEngine(config) if module is None else AsyncEngine(config, module=module)
+async def running(config: EngineConfig = CONFIG, **options: str) -> AsyncIterator[AsyncEngine]:
+    """An engine, which must have let go of everything in the end; a stand-in has nothing to let go of."""
+    engine = AsyncEngine(config, **options)  # type: ignore[arg-type]
     await engine.start()
     try:
         yield engine
-        if engine.is_alive and module is None:
+        if engine.is_alive and "module" not in options:
             await eventually(lambda: engine.stats.num_running == engine.stats.num_waiting == 0)
             assert await engine.call("check_integrity") == {"ok": True}
             assert (await engine.call("stats"))["num_blocks_in_use"] == 0
