@@ -37,7 +37,7 @@ class BuildError(Exception):
 def needs_compiler(device: torch.device) -> str | None:
     """Why the C kernels do not run here, or None; builds them."""
     try:
-        library()
+        loaded_kernels()
     except BuildError as error:
         return str(error)
     return None
@@ -45,14 +45,14 @@ def needs_compiler(device: torch.device) -> str | None:
 
 def c_function(name: str, *arguments: type) -> Callable[..., None]:
     """The C function `name`, which returns nothing; arguments are `Pointer` (of `data_ptr()`), `Integer` or `Real`."""
-    found = library()[name]
+    found = loaded_kernels()[name]
     found.argtypes, found.restype = arguments, None
     called: Callable[..., None] = found
     return called
 
 
 @cache
-def library() -> ctypes.CDLL:
+def loaded_kernels() -> ctypes.CDLL:
     """The C kernels.
 
     Raises:

@@ -24,14 +24,15 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from torch.optim import AdamW
 
-from dsengine.demo.batches import PAD_ID, Batch, batches, collate, encode
+from dsengine.demo.batches import PAD_ID, Batch, batches
 from dsengine.demo.corpus import COPYING_SHARE, TRAINING_MIXTURE, conversations
 from dsengine.demo.generate import greedy
 from dsengine.demo.model import DemoConfig, DemoModel, GroupedCausal, WeightForm, identity_form
 from dsengine.demo.optim import Muon
-from dsengine.demo.problems import Problem, held_out_conversations, other_problems, three_digit_problems, tool_problems
+from dsengine.demo.problems import Problem, other_problems, three_digit_problems, tool_problems
 from dsengine.demo.quantise import stored, stored_form
 from dsengine.demo.tokenizer import build_tokenizer, save_tokenizer
+from dsengine.demo.unrolled import acceptance
 
 
 @dataclass(frozen=True)
@@ -135,22 +136,6 @@ def balance(model: DemoModel, rate: float) -> float:
     return worst
 
 
-@torch.no_grad()
-def acceptance(model: DemoModel, tokenizer: Tokenizer, form: WeightForm, count: int = 64) -> float:
-    """How often NextN's first draft is the main model's own next choice, on held-out assistant text."""
-    samples = [encode(tokenizer, conversation) for conversation in held_out_conversations(count)]
-    batch = collate(samples, 0.0)
-    attend = GroupedCausal(model.config, batch.shapes, batch.source, batch.places)
-    with torch.autocast("cpu", torch.bfloat16):
-        hidden = model.trunk(batch.ids, batch.positions, attend, form)
-        choice = model.logits(hidden, form).argmax(-1)
-        drafted = model.draft(hidden, batch.targets, batch.positions, attend, form)
-        guess = model.logits(drafted, form).argmax(-1)
-    counted = batch.later_weights > 0
-    agree = guess == choice.roll(-1)
-    return float(agree[counted].float().mean())
-
-
 def solve(model: DemoModel, tokenizer: Tokenizer, problems: list[Problem], form: WeightForm) -> dict[str, float]:
     """Share of problems solved, per task, by batched greedy decoding."""
     right: dict[str, list[bool]] = defaultdict(list)
@@ -172,7 +157,8 @@ def evaluate(model: DemoModel, tokenizer: Tokenizer, form: WeightForm, size: int
     result: dict[str, Any] = solve(model, tokenizer, problems, frozen)
     plain = solve(model, tokenizer, other_problems(max(4, size // 4), thinking=False), frozen)
     result["without thinking"] = plain
-    result["acceptance"] = round(acceptance(model, tokenizer, frozen), 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        [result["acceptance"]] = acceptance(model, tokenizer, frozen, frozen, depth=1)
     model.train()
     return result
 

@@ -17,16 +17,15 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from tokenizers import Tokenizer
 from torch import Tensor
 
-from dsengine.demo.batches import Batch, batches, collate, encode
+from dsengine.demo.batches import Batch, batches
 from dsengine.demo.corpus import COPYING_SHARE, TRAINING_MIXTURE, conversations
 from dsengine.demo.export import hub_tensors, load_export, nextn_parameters, save_tensors
-from dsengine.demo.model import DemoModel, GroupedCausal, WeightForm
-from dsengine.demo.problems import held_out_conversations
+from dsengine.demo.model import DemoModel, GroupedCausal, WeightForm, identity_form
 from dsengine.demo.quantise import stored_form
 from dsengine.demo.train import optimisers
+from dsengine.demo.unrolled import acceptance, loss_weights, unroll
 from dsengine.model.manifest import write_manifest
 
 
@@ -48,65 +47,13 @@ class NextnRecipe:
         return min(1.0, (step + 1) / self.warmup_steps) * (1 - step / self.steps)
 
 
-class Unrolled:
-    """Attention of one pass after the other over the same tokens: token i sees the first pass's keys up to i, and of
-    later passes only its own, since these are the drafts that its tree would hold."""
-
-    def __init__(self, causal: GroupedCausal) -> None:
-        self._causal = causal
-        self._keys: list[Tensor] = []
-        self._values: list[Tensor] = []
-
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        self._keys.append(k)
-        self._values.append(v)
-        if len(self._keys) == 1:
-            return self._causal(layer, q, k, v)
-        shapes, source = self._causal.shapes, self._causal.source
-        sizes = [rows * length for rows, length in shapes]
-        parts = [t.index_select(0, source).split(sizes) for t in (q, *self._keys, *self._values)]
-        outputs = [self._attend(group, shape) for *group, shape in zip(*parts, shapes, strict=True)]
-        return torch.cat(outputs).index_select(0, self._causal.places)
-
-    def _attend(self, group: list[Tensor], shape: tuple[int, int]) -> Tensor:
-        heads, (rows, length) = group[0].shape[1], shape
-        by_head = [t.view(rows, length, heads, -1).transpose(1, 2).flatten(0, 1) for t in group]
-        q, keys, values = by_head[0], by_head[1 : 1 + len(self._keys)], by_head[1 + len(self._keys) :]
-        scale = self._causal.config.softmax_scale
-        future = torch.full((length, length), -torch.inf, dtype=q.dtype).triu(1)
-        context = torch.baddbmm(future, q, keys[0].transpose(1, 2), alpha=scale)
-        own = [(q * k).sum(-1, keepdim=True) * scale for k in keys[1:]]
-        weights = torch.cat((context, *own), -1).softmax(-1).to(values[0].dtype)
-        out = torch.bmm(weights[..., :length], values[0])
-        for index, value in enumerate(values[1:]):
-            out = out + weights[..., length + index, None] * value
-        flat: Tensor = out.unflatten(0, (rows, heads)).transpose(1, 2).flatten(0, 1)
-        return flat
-
-
-def unroll(model: DemoModel, hidden: Tensor, batch: Batch, form: WeightForm, depth: int) -> list[Tensor]:
-    """Logits [T, V] of `depth` passes: pass s predicts, at token i, token i + 2 + s."""
-    attend = Unrolled(GroupedCausal(model.config, batch.shapes, batch.source, batch.places))
-    logits = []
-    for step in range(depth):
-        hidden = model.draft(hidden, batch.targets.roll(-step), batch.positions + step, attend, form)
-        logits.append(model.logits(hidden, form))
-    return logits
-
-
-def loss_weights(batch: Batch, step: int) -> Tensor:
-    """Of pass `step` at every token: that of the token it predicts, 0 where the text has ended."""
-    inside = batch.positions.roll(-step) >= batch.positions + step
-    return batch.later_weights.roll(-step) * inside
-
-
 def draft_loss(model: DemoModel, batch: Batch, form: WeightForm, depth: int) -> list[Tensor]:
     """Cross-entropy of each pass with the trunk's distribution."""
     with torch.autocast("cpu", torch.bfloat16):
         with torch.no_grad():
             causal = GroupedCausal(model.config, batch.shapes, batch.source, batch.places)
-            hidden = model.trunk(batch.ids, batch.positions, causal, _as_loaded)
-            wanted = model.logits(hidden, _as_loaded).float().softmax(-1)
+            hidden = model.trunk(batch.ids, batch.positions, causal, identity_form)
+            wanted = model.logits(hidden, identity_form).float().softmax(-1)
         passes = unroll(model, hidden, batch, form, depth)
     losses = []
     for step, logits in enumerate(passes):
@@ -116,25 +63,6 @@ def draft_loss(model: DemoModel, batch: Batch, form: WeightForm, depth: int) -> 
         each = F.cross_entropy(logits[kept].float(), target, reduction="none")
         losses.append((each * weights[kept]).sum() / weights.sum())
     return losses
-
-
-@torch.no_grad()
-def acceptance(model: DemoModel, tokenizer: Tokenizer, depth: int, count: int = 64) -> list[float]:
-    """Of each depth, how often a draft is the trunk's own choice where all before it were; on held-out answers."""
-    batch = collate([encode(tokenizer, conversation) for conversation in held_out_conversations(count)], 0.0)
-    causal = GroupedCausal(model.config, batch.shapes, batch.source, batch.places)
-    hidden = model.trunk(batch.ids, batch.positions, causal, _as_loaded)
-    choice = model.logits(hidden, _as_loaded).argmax(-1)
-    so_far, rates = loss_weights(batch, depth - 1) > 0, []
-    for step, logits in enumerate(unroll(model, hidden, batch, stored_form, depth)):
-        agrees = so_far & (logits.argmax(-1) == choice.roll(-1 - step))
-        rates.append(round(float(agrees.sum() / so_far.sum()), 4))
-        so_far = agrees
-    return rates
-
-
-def _as_loaded(weight: Tensor, fp8: bool) -> Tensor:
-    return weight
 
 
 def train(recipe: NextnRecipe, source: Path, out: Path, evaluate_every: int) -> None:
@@ -150,7 +78,10 @@ def train(recipe: NextnRecipe, source: Path, out: Path, evaluate_every: int) -> 
     stream = batches(
         conversations(recipe.seed, mixture=TRAINING_MIXTURE, copying=COPYING_SHARE), tokenizer, recipe.tokens
     )
-    print(json.dumps({"step": 0, "acceptance": acceptance(model, tokenizer, recipe.depth)}), flush=True)
+    print(
+        json.dumps({"step": 0, "acceptance": acceptance(model, tokenizer, identity_form, stored_form, recipe.depth)}),
+        flush=True,
+    )
     started = time.monotonic()
     for step in range(recipe.steps):
         for optimiser, rate in rates.items():
@@ -168,7 +99,7 @@ def train(recipe: NextnRecipe, source: Path, out: Path, evaluate_every: int) -> 
                 flush=True,
             )
         if (step + 1) % evaluate_every == 0 or step + 1 == recipe.steps:
-            rates_now = acceptance(model, tokenizer, recipe.depth)
+            rates_now = acceptance(model, tokenizer, identity_form, stored_form, recipe.depth)
             print(json.dumps({"step": step + 1, "acceptance": rates_now}), flush=True)
             write(model, source, out)
 

@@ -12,7 +12,9 @@ from dsengine.demo.batches import collate, encode
 from dsengine.demo.corpus import conversations
 from dsengine.demo.export import load_export
 from dsengine.demo.model import GroupedCausal, identity_form
-from dsengine.demo.train_nextn import NextnRecipe, acceptance, loss_weights, train, unroll
+from dsengine.demo.quantise import stored_form
+from dsengine.demo.train_nextn import NextnRecipe, train
+from dsengine.demo.unrolled import acceptance, loss_weights, unroll
 
 TOKENIZER = Tokenizer.from_file(str(CHECKPOINT_DIR / "tokenizer.json"))
 
@@ -67,7 +69,7 @@ def test_losses_end_with_the_text():
 
 
 def test_the_shipped_layer_drafts_several_tokens_in_a_row(model):
-    rates = acceptance(model, TOKENIZER, 3, count=16)
+    rates = acceptance(model, TOKENIZER, identity_form, stored_form, 3, count=16)
     assert min(rates) > 0.9
 
 

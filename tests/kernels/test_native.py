@@ -168,17 +168,17 @@ def test_an_expert_with_more_tokens_than_are_computed_at_a_time():
 def fresh(monkeypatch, tmp_path):
     """Builds go to a folder of this test's own."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    native_support.library.cache_clear()
+    native_support.loaded_kernels.cache_clear()
     yield tmp_path / "dsengine" / "native"
-    native_support.library.cache_clear()
+    native_support.loaded_kernels.cache_clear()
 
 
 @compiled
 def test_the_library_is_built_once_and_kept_where_only_its_owner_writes(fresh, monkeypatch):
-    native_support.library()
+    native_support.loaded_kernels()
     [built] = fresh.iterdir()
     assert built.suffix == ".so" and fresh.stat().st_mode & 0o022 == 0
-    native_support.library.cache_clear()
+    native_support.loaded_kernels.cache_clear()
     monkeypatch.setattr(native_support, "_run", lambda *args: pytest.fail("it was built already"))
     function = c_function("linear", *itertools.repeat(native_support.Pointer, 7))
     assert callable(function)
@@ -188,7 +188,7 @@ def test_the_library_is_built_once_and_kept_where_only_its_owner_writes(fresh, m
 def test_a_folder_that_others_can_write_to_is_not_trusted(fresh):
     fresh.mkdir(parents=True)
     fresh.chmod(0o777)
-    native_support.library()
+    native_support.loaded_kernels()
     assert list(fresh.iterdir()) == []
 
 
@@ -216,7 +216,7 @@ def test_a_compiler_that_fails_is_quoted(fresh, monkeypatch, tmp_path):
     broken.chmod(0o755)
     monkeypatch.setenv("CC", str(broken))
     with pytest.raises(BuildError, match="out of ideas"):
-        native_support.library()
+        native_support.loaded_kernels()
     assert "out of ideas" in (needs_compiler(CPU) or "")
     assert list(fresh.iterdir()) == []
 
